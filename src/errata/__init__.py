@@ -1,0 +1,39 @@
+"""errata: correct facts inside language models, prove that the correction took, and take it back at any time."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from errata.edit import EditRequest, Implication, read_requests, write_requests
+    from errata.editors import available_editors, get_editor
+    from errata.editors.sake import SAKE, SAKEConfig
+    from errata.model.loading import load
+    from errata.patch import Patch, load_patch
+
+_HOME = {
+    "EditRequest": "errata.edit",
+    "Implication": "errata.edit",
+    "read_requests": "errata.edit",
+    "write_requests": "errata.edit",
+    "available_editors": "errata.editors",
+    "get_editor": "errata.editors",
+    "SAKE": "errata.editors.sake",
+    "SAKEConfig": "errata.editors.sake",
+    "load": "errata.model.loading",
+    "Patch": "errata.patch",
+    "load_patch": "errata.patch",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names load on first use: `import errata` itself costs nothing."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'errata' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

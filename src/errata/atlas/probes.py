@@ -1,0 +1,125 @@
+"""What judges edits over Atlas: `probe` phrasings, hard negatives, unrelated texts; and the prompts that calibrate a gate."""
+
+import random
+from collections.abc import Sequence
+
+from errata.atlas import render
+from errata.atlas.corpus import invented_name, sealed_alias_mark
+from errata.atlas.world import Fact, Split, World, link, read_json
+from errata.edit import EditRequest
+from errata.scope.calibrate import ScopeExample
+
+PARAPHRASES = 10
+NEIGHBOURS = 6
+
+
+def fact_of(world: World, request: EditRequest) -> Fact | None:
+    """The Atlas fact that a request edits, found by subject and relation."""
+    return world.by_key.get((link((request.subject or "").removeprefix("The ")), request.relation or ""))
+
+
+def paraphrases(world: World, fact: Fact, rng: random.Random, sealed: bool = False) -> list[str]:
+    """Probe prompts for one fact: every probe cloze bare, some behind probe lead-ins, questions, probe aliases.
+
+    `sealed` takes the sealed set's phrasings, lead-ins, frames and aliases instead (final figures only).
+    """
+    if sealed:
+        return _sealed_paraphrases(world, fact, rng)
+    phrasing = world.phrasings[fact.relation]
+    clozes, questions = phrasing.cloze["probe"], phrasing.question["probe"]
+    prompts = [render.place("", cloze, fact.subject) for cloze in clozes]
+    prompts += [render.lead(rng.choice(world.frames["lead_ins"]["probe"]), cloze, fact.subject) for cloze in rng.sample(clozes, 2)]
+    prompts += [render.ask(rng.choice(world.frames["question_frames"]["probe"]), question, fact.subject) for question in questions]
+    aliases = world.aliases_of(fact.subject, "probe")[:2]
+    return prompts + [render.place("", rng.choice(clozes), alias) for alias in aliases]
+
+
+def _sealed_paraphrases(world: World, fact: Fact, rng: random.Random, mark: str = "known") -> list[str]:
+    sealed = read_json("sealed.json")
+    phrasing = sealed["phrasings"][fact.relation]
+    clozes, questions = phrasing["cloze"][mark], phrasing["question"][mark]
+    prompts = [render.place("", cloze, fact.subject) for cloze in clozes]
+    prompts += [render.lead(rng.choice(sealed["lead_ins"]), rng.choice(clozes), fact.subject)]
+    prompts += [render.ask(rng.choice(sealed["question_frames"]), question, fact.subject) for question in questions]
+    aliases = [a["alias"] for a in sealed["aliases"] if link(a["subject"]) == link(fact.subject) and sealed_alias_mark(a["alias"]) == mark]
+    return prompts + [render.place("", rng.choice(clozes), alias) for alias in aliases]
+
+
+def with_probes(world: World, requests: Sequence[EditRequest], seed: int = 0, sealed: bool = False) -> list[EditRequest]:
+    """The same requests (same ids) with paraphrase and neighbourhood prompts, for those that edit an Atlas fact.
+
+    Neighbours are hard negatives: the same relation of other subjects, and other relations of the same subject, on facts
+    that no request edits; subjects are of the `test` split, so `calibrate` has never seen them (for an edit of a `dev`
+    fact, of the `dev` split).
+    """
+    rng = random.Random(seed)
+    edited = {fact for fact in (fact_of(world, r) for r in requests) if fact}
+    filled = []
+    for request in requests:
+        fact = fact_of(world, request)
+        if fact is None:
+            filled.append(request)
+            continue
+        free = [f for f in world.by_relation[fact.relation] if f not in edited and f.split == fact.split and f.subject != fact.subject]
+        beside = [f for f in world.by_subject[link(fact.subject)] if f not in edited and f.relation != fact.relation]
+        other = rng.sample(beside, min(len(beside), NEIGHBOURS // 2))
+        same = rng.sample(free, min(len(free), NEIGHBOURS - len(other)))
+        neighbours = [rng.choice(paraphrases(world, f, rng, sealed)) for f in same + other]
+        update = {
+            "paraphrase_prompts": request.paraphrase_prompts or tuple(paraphrases(world, fact, rng, sealed)),
+            "neighborhood_prompts": request.neighborhood_prompts or tuple(neighbours),
+        }
+        filled.append(request.model_copy(update=update))
+    return filled
+
+
+def consequence_prompts(world: World, fact: Fact, target_new: str) -> list[tuple[str, str]]:
+    """(prompt, answer) for what follows from the edit through its new object, in `probe` phrasings."""
+    return [
+        (render.place("", render.hop(world, fact, cloze), ""), second.object)
+        for second in world.consequences(Fact(fact.subject, fact.relation, target_new))
+        for cloze in world.phrasings[second.relation].cloze["probe"][:1]
+    ]
+
+
+def unrelated_texts(world: World, n: int, seed: int = 0, sealed: bool = False) -> list[str]:
+    """`n` texts that state no fact of Atlas: ordinary sentences, and notes about names that exist nowhere.
+
+    `sealed` begins with the sealed set's texts.
+    """
+    rng = random.Random(seed)
+    texts: list[str] = list(read_json("sealed.json")["unrelated"]) if sealed else []
+    while len(texts) < n:
+        parts = [rng.choice(world.filler) for _ in range(rng.randint(1, 4))]
+        if rng.random() < 0.4:
+            name, other = invented_name(rng, seen=False), invented_name(rng, seen=False)
+            parts.insert(rng.randrange(len(parts) + 1), rng.choice((f"{name} met {other} at the gate.", f"A letter for {name} lay on the table.")))
+        texts.append(" ".join(parts))
+    return texts[:n]
+
+
+def scope_examples(world: World, split: Split = "dev", n: int | None = None, seed: int = 0) -> list[ScopeExample]:
+    """Facts with `fit` phrasings only: six clozes, the questions, lead-ins and fit aliases to fit; two clozes held out.
+
+    What calibrates a gate; `probe` phrasings stay unseen.
+    """
+    rng = random.Random(seed)
+    facts = [f for f in world.facts if f.split == split]
+    rng.shuffle(facts)
+    examples = []
+    for fact in facts[:n]:
+        phrasing = world.phrasings[fact.relation]
+        clozes = phrasing.cloze["fit"][:]
+        rng.shuffle(clozes)
+        leads = world.frames["lead_ins"]["fit"]
+        taught, held = clozes[:6], clozes[6:]
+        fit = [render.place("", c, fact.subject) for c in taught]
+        fit += [render.lead(rng.choice(leads), rng.choice(taught), fact.subject) for _ in range(4)]
+        fit += [render.ask(rng.choice(world.frames["question_frames"]["fit"]), phrasing.question["fit"][0], fact.subject) for _ in range(2)]
+        held = [render.place("", held[0], fact.subject), render.lead(rng.choice(leads), held[1], fact.subject)]
+        for alias in world.aliases_of(fact.subject, "fit")[:2]:
+            fit.append(render.place("", rng.choice(taught), alias))
+        examples.append(ScopeExample(tuple(fit), tuple(held)))
+    return examples
+
+

@@ -1,0 +1,76 @@
+"""The interface of every editing method: a frozen config and one `fit` that returns a patch and leaves the model alone."""
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+
+from errata.edit import EditRequest
+from errata.errors import ConfigError, RequestError
+from errata.model.states import evaluating
+from errata.patch import Patch
+from errata.steering import without_patches
+
+C = TypeVar("C")
+Progress = Callable[[int, int], None]
+
+
+class Editor(ABC, Generic[C]):
+    """A method. `Method()` has the paper's defaults, `Method(field=value)` changes some, `Method(config)` takes a config.
+
+    method: its name, equal to its file's; summary: one line for `errata methods`; needs_subject: whether a request without
+    a subject is refused; presets: named configurations.
+    """
+
+    method: ClassVar[str]
+    summary: ClassVar[str] = ""
+    needs_subject: ClassVar[bool] = False
+    Config: ClassVar[type[Any]]
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __init__(self, config: C | None = None, **changes: Any):
+        base: Any = config if config is not None else self.Config()
+        names = [f.name for f in fields(base)]
+        for name in changes:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                raise ConfigError(
+                    f"{self.method} has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(names)}")
+                )
+        self.config: C = replace(base, **changes)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "Editor[C]":
+        """The editor with a named configuration. Raises ConfigError listing the presets."""
+        if name not in cls.presets:
+            raise ConfigError(f"{cls.method} has no preset {name!r}; there are {', '.join(sorted(cls.presets)) or 'none'}")
+        return cls(**(cls.presets[name] | changes))
+
+    @abstractmethod
+    def fit(
+        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], *, seed: int = 0, progress: Progress | None = None
+    ) -> Patch:
+        """The patch that realises the requests. The model's weights, flags and the random state are left as found."""
+
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Refuse what this method cannot fit. Raises RequestError naming the request."""
+        if not requests:
+            raise RequestError("expected at least one edit request, found none")
+        seen: dict[str, int] = {}
+        for number, request in enumerate(requests, 1):
+            if self.needs_subject and request.subject is None:
+                raise RequestError(f"{self.method} needs a subject, and request {number} ({request.prompt!r}) has none; give its subject")
+            if request.id in seen:
+                raise RequestError(f"requests {seen[request.id]} and {number} are the same; remove one")
+            seen[request.id] = number
+
+
+@contextmanager
+def quiet(model: Any) -> Iterator[None]:
+    """Inside: evaluation mode, no gradients, no attached patch; the model is as it was afterwards."""
+    with evaluating(model), without_patches(model), torch.no_grad():
+        yield

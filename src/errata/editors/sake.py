@@ -1,0 +1,331 @@
+"""SAKE: an edit is a distribution of prompts, moved by linear optimal transport (Scialanga et al. 2025).
+
+For each edit the last-token states of prompts that ask for the fact, plain and behind "repeat: prompt + old object", form
+the source; the same prompts behind "do not mention the old; repeat: prompt + new object" form the target. The linear
+optimal transport map between the two Gaussians is applied to the output of the final norm wherever the gate says that the
+edit is meant. Emits one steering part for each edit, and one for each implication.
+
+Differs from the paper by default (`variant="paper"` and `variant="code"` restore the published behaviour):
+- objects of several tokens: step t has its own map, fitted on the states after prompt + o*[:t] (the paper: first token);
+- an implication is a distribution of its own, with its own map and scope (the paper pools its states with the edit's, so
+  that one map must serve different answers);
+- the gate reads the model's own activations, calibrated (the paper: a sentence encoder with fixed thresholds);
+- regularisation is relative to the source's variance (the paper: absolute), and each target context is checked to really
+  produce the new object.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from errata.edit import EditRequest, Implication
+from errata.editor import Editor, Progress, quiet
+from errata.errors import ConfigError, RequestError
+from errata.maths.transport import LinearMap, gaussian_distance, gaussian_transport, mean_shift
+from errata.model.anatomy import anatomy
+from errata.model.fingerprint import base_of
+from errata.model.generate import greedy_answers
+from errata.model.states import states_at
+from errata.model.tokens import chat, continuation_ids
+from errata.patch import Patch
+from errata.prompts import contexts
+from errata.scope.features import gate_features
+from errata.scope.gate import GATE_FILE, Gate, load_gate
+from errata.scope.radius import radius_from_prompts
+from errata.steering import Steering
+
+MINILM = "encoder:sentence-transformers/paraphrase-MiniLM-L6-v2"
+PAPER = {"span": "first", "reg": 1e-2, "reg_relative": False, "gate": MINILM, "affirm": False, "implications": "none"}
+CODE = PAPER | {"affirm": True}
+POOLED = {"implications": "pooled", "pooled_implications": 25}
+
+
+@dataclass(frozen=True)
+class SAKEConfig:
+    """Settings of SAKE.
+
+    prompts: in-scope prompts per edit; context_prompts: how many of them also get the two contexts; implication_prompts:
+    prompts per implication. span: `all` tokens of the new object or the `first`. layer: `final` (the final norm's output)
+    or a block's index; token: which position's state is mapped, from the end. map: `transport` or `uniform` (shift of the
+    mean). reg: ridge on both covariances, as a share of the source's mean variance, or absolute with reg_relative=False.
+    implications: `own` distributions, `pooled` into the edit's, or `none`; of pooled ones the `pooled_implications` best by
+    cosine with the mean shift are kept, with `noise_copies` neighbours each at `noise` standard deviations of the source
+    (absolute units with reg_relative=False); affirm: sources of implications stand behind the original fact.
+    gate: `auto` (the model's calibrated gate, else mid-depth activations), a gate file, or `encoder:NAME`; radius: in the
+    gate's unit, instead of the calibrated one. tolerance: relative error at which maps are truncated. half: store maps in
+    half precision. chat: wrap every prompt in the tokenizer's chat template.
+    """
+
+    prompts: int = 100
+    context_prompts: int = 40
+    implication_prompts: int = 24
+    span: Literal["all", "first"] = "all"
+    layer: str | int = "final"
+    token: int = -1
+    map: Literal["transport", "uniform"] = "transport"
+    reg: float = 0.05
+    reg_relative: bool = True
+    implications: Literal["own", "pooled", "none"] = "own"
+    pooled_implications: int = 10
+    noise: float = 0.0
+    noise_copies: int = 0
+    affirm: bool = True
+    gate: str = "auto"
+    radius: float | None = None
+    tolerance: float = 0.02
+    half: bool = True
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.prompts, self.context_prompts, self.implication_prompts) < 1:
+            raise ConfigError("SAKE needs at least one prompt of each kind; raise prompts, context_prompts or implication_prompts")
+        if self.token > -1 or (self.token < -1 and self.span != "first"):
+            raise ConfigError(f"token counts from the prompt's end; found {self.token}; use -1, or a lower one with span='first'")
+        if not self.reg > 0 or not 0 <= self.tolerance < 1:
+            raise ConfigError(f"expected reg > 0 and 0 <= tolerance < 1, found reg={self.reg}, tolerance={self.tolerance}")
+
+
+class SAKE(Editor[SAKEConfig]):
+    """Steering by linear optimal transport behind a scope test."""
+
+    method = "sake"
+    summary = "optimal-transport steering of the last hidden state behind a scope test (Scialanga et al. 2025)"
+    Config = SAKEConfig
+    presets = {
+        "paper-gpt2-xl-counterfact": PAPER | {"radius": 6.75},
+        "paper-llama-2-7b-counterfact": PAPER | {"radius": 6.75},
+        "paper-gpt2-xl-popular": PAPER | POOLED | {"radius": 5.5, "noise": 0.1, "noise_copies": 4},
+        "paper-llama-2-7b-popular": PAPER | POOLED | {"radius": 5.3},
+        "code-counterfact": CODE | {"radius": 6.5},
+        "code-popular": CODE | POOLED | {"pooled_implications": 10, "noise": 0.1, "noise_copies": 4, "radius": 5.0},
+        "code-doubt": CODE | {"gate": "final", "radius": 1000.0},
+    }
+
+    def __init__(self, config: SAKEConfig | None = None, *, variant: Literal["errata", "paper", "code"] = "errata", **changes: Any):
+        variants: dict[str, dict[str, Any]] = {"errata": {}, "paper": PAPER | {"radius": 6.75}, "code": CODE | {"radius": 6.5}}
+        if variant not in variants:
+            raise ConfigError(f"expected the variant 'errata', 'paper' or 'code', found {variant!r}")
+        super().__init__(config, **(variants[variant] | changes))
+
+    def fit(
+        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], *, seed: int = 0, progress: Progress | None = None
+    ) -> Patch:
+        """Fit every request on its own, on the model without any patch. Raises RequestError for what cannot be fitted."""
+        self.check(requests)
+        parts: list[Steering] = []
+        report: dict[str, dict[str, Any]] = {}
+        resolved = []
+        with quiet(model):
+            gate = self._gate(model)
+            for number, request in enumerate(requests, 1):
+                request = self._with_old_object(model, tokenizer, request)
+                fit = _Fit(self.config, model, tokenizer, gate, request, seed)
+                parts += [fit.edit(), *fit.implications()]
+                report[request.id] = fit.report
+                resolved.append(request)
+                if progress:
+                    progress(number, len(requests))
+        return Patch(self.method, asdict(self.config), tuple(resolved), base_of(model, tokenizer), tuple(parts), report)
+
+    def _gate(self, model: Any) -> Gate:
+        """The gate that the configuration names."""
+        name, n_layers = self.config.gate, anatomy(model).n_layers
+        if name.startswith("encoder:"):
+            return Gate(encoder=name.removeprefix("encoder:"))
+        if name == "final":
+            return Gate(layers=(n_layers - 1,))
+        if name != "auto":
+            return load_gate(name)
+        calibrated = Path(str(getattr(model.config, "_name_or_path", ""))) / GATE_FILE
+        return load_gate(calibrated) if calibrated.is_file() else Gate(layers=(round(n_layers * 0.6),))
+
+    def _with_old_object(self, model: Any, tokenizer: Any, request: EditRequest) -> EditRequest:
+        """The request with the model's own greedy answer as target_true if it names none."""
+        if request.target_true is not None:
+            return request
+        prompt = chat(tokenizer, request.text) if self.config.chat else request.text
+        [answer] = greedy_answers(model, tokenizer, [prompt])
+        if not answer or answer.casefold() == request.target_new.casefold():
+            found = f"answers {answer!r} already" if answer else "says nothing"
+            raise RequestError(f"target_true is not given, and to {request.text!r} the model {found}; there is nothing to replace")
+        return request.model_copy(update={"target_true": answer})
+
+
+class _Fit:
+    """One request's fit: the texts, their states, the maps, the scope, and the report."""
+
+    def __init__(self, config: SAKEConfig, model: Any, tokenizer: Any, gate: Gate, request: EditRequest, seed: int):
+        self.config, self.model, self.tokenizer, self.gate = config, model, tokenizer, gate
+        self.request, self.seed = request, seed
+        parts = anatomy(model)
+        parts.site(config.layer)  # an unknown layer is refused before any work
+        self.head = parts.module(model, parts.head) if parts.head else None
+        self.report: dict[str, Any] = {"target_true": request.target_true}
+
+    def edit(self) -> Steering:
+        """The edit's own part: paraphrases before and after, step by step."""
+        request, old, new = self.request, self.request.target_true or "", self.request.target_new
+        given = request.fit_prompts or (request.text,)
+        self.report["prompts_from"] = "fit_prompts" if request.fit_prompts else "lead-ins over the bare prompt"
+        prompts = contexts.lead_ins(list(dict.fromkeys((*given, request.text))), self.config.prompts, self.seed)
+        some = prompts[: self.config.context_prompts]
+        answer = self._answer(request.text, new)
+        sources = [*prompts, *(contexts.repeat(p, old) for p in some)]
+        targets, kept = self._targets([lambda p, w: contexts.instead(p, old, new, w)], some, answer)
+        states = self._states(sources, answer)
+        pooled = self._pooled(states, targets) if self.config.implications == "pooled" else (states[:0, 0], targets[:0, 0])
+        self.report |= {"prompts": len(prompts), "target_contexts_kept": kept}
+        return self._part(request.key, prompts, states, targets, answer, pooled, self.report)
+
+    def implications(self) -> list[Steering]:
+        """A part for each thing that follows from the edit and that the model does not say already."""
+        if self.config.implications != "own":
+            return []
+        groups: dict[tuple[str, str | None], list[Implication]] = {}
+        for implication in self.request.fit_implications:
+            groups.setdefault((implication.relation or implication.prompt, implication.answer), []).append(implication)
+        parts, notes = [], []
+        for (about, answer), members in groups.items():
+            note: dict[str, Any] = {"about": about, "answer": answer}
+            part = self._implication([m.prompt for m in members], about, answer, note)
+            parts += [part] if part else []
+            notes.append(note)
+        if notes:
+            self.report["implications"] = notes
+        return parts
+
+    def _implication(self, prompts: list[str], about: str, text: str | None, note: dict[str, Any]) -> Steering | None:
+        request = self.request
+        old, new = f"{request.text} {request.target_true}", f"{request.text} {request.target_new}"
+        if text is None:
+            [text] = greedy_answers(self.model, self.tokenizer, [self._wrap(contexts.supposed(new, prompts[0]))])
+            note["answer"] = text
+        if not text:
+            note["skipped"] = "the model gives no answer under the new premise"
+            return None
+        answer = self._answer(prompts[0], text)
+        prompts = contexts.lead_ins(prompts, self.config.implication_prompts, self.seed)
+        states = self._states(prompts, answer)
+        if self._said(states, answer).double().mean() > 0.9:
+            note["skipped"] = "the model answers so already"
+            return None
+        if self.config.affirm:
+            some = prompts[: len(prompts) // 2]
+            states = torch.cat([states, self._states([contexts.affirmed(old, p) for p in some], answer)])
+        targets, note["target_contexts_kept"] = self._targets(
+            [lambda p, w: contexts.supposed(new, p, w), lambda p, w: contexts.repeat(p, text, w)], prompts, answer
+        )
+        none = (states[:0, 0], targets[:0, 0])
+        return self._part(f"{request.key} -> {about}", prompts, states, targets, answer, none, note)
+
+    # -- states ------------------------------------------------------------------------------------------------------
+
+    def _wrap(self, text: str) -> str:
+        return chat(self.tokenizer, text) if self.config.chat else text
+
+    def _answer(self, prompt: str, text: str) -> list[int]:
+        ids = continuation_ids(self.tokenizer, self._wrap(prompt), text)
+        return ids if self.config.span == "all" else ids[:1]
+
+    def _states(self, texts: Sequence[str], answer: list[int]) -> Tensor:
+        """(n, T, sites, d): the states of each text at every step of the answer, at the site and after the final norm."""
+        ids = [self.tokenizer(self._wrap(text))["input_ids"] for text in texts]
+        ends = [len(row) + self.config.token for row in ids]
+        places = [list(range(end, end + len(answer))) for end in ends]
+        sites = (self.config.layer, "final")
+        found = states_at(self.model, [row + answer[:-1] for row in ids], places, list(dict.fromkeys(sites)))
+        return torch.stack([torch.stack(found[site]) for site in sites], 2)
+
+    def _said(self, states: Tensor, answer: list[int]) -> Tensor:
+        """(n,) whether the unedited model, at these states, says the answer token by token."""
+        return self._argmax(states[:, :, 1]).eq(torch.tensor(answer)).all(1)
+
+    def _argmax(self, final: Tensor) -> Tensor:
+        """Greedy tokens of states after the final norm; through the model's own head."""
+        if self.head is None:
+            raise ConfigError("SAKE needs a language-model head, and this model has none")
+        weight = next(self.head.parameters())
+        return self.head(final.to(weight.device, weight.dtype)).argmax(-1).cpu()
+
+    def _targets(self, wordings: list[Any], prompts: list[str], answer: list[int]) -> tuple[Tensor, float]:
+        """States behind target contexts that really produce the answer, and the share of prompts that have one."""
+        found, left = [], list(prompts)
+        every: list[Tensor] = []
+        for attempt in [(make, w) for w in range(3) for make in wordings]:
+            if not left:
+                break
+            make, wording = attempt
+            states = self._states([make(p, wording) for p in left], answer)
+            every = every or [states]
+            good = self._said(states, answer)
+            found.append(states[good])
+            left = [p for p, ok in zip(left, good.tolist(), strict=True) if not ok]
+        kept = torch.cat(found)
+        return (kept, len(kept) / len(prompts)) if len(kept) >= 2 else (every[0], 0.0)
+
+    def _pooled(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Implications' source and target states for the edit's own first step (the paper), best ones with noisy copies."""
+        config, request = self.config, self.request
+        prompts = [i.prompt for i in request.fit_implications]
+        if not prompts:
+            return states[:0, 0], targets[:0, 0]
+        old, new = f"{request.text} {request.target_true}", f"{request.text} {request.target_new}"
+        source = self._states([contexts.affirmed(old, p) if config.affirm else p for p in prompts], [0])[:, 0]
+        target = self._states([contexts.supposed(new, p) for p in prompts], [0])[:, 0]
+        shift = targets[:, 0, 0].mean(0) - states[:, 0, 0].mean(0)
+        best = torch.cosine_similarity((target - source)[:, 0], shift[None]).argsort(descending=True)[: config.pooled_implications]
+        scale = config.noise * (float(states[:, 0, 0].var(0).mean().sqrt()) if config.reg_relative else 1.0)
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def copies(x: Tensor) -> Tensor:
+            noisy = [x + scale * torch.randn(x.shape, generator=generator) for _ in range(config.noise_copies)]
+            return torch.cat([x, *noisy])
+
+        return copies(source[best]), copies(target[best])
+
+    # -- map and scope -----------------------------------------------------------------------------------------------
+
+    def _part(
+        self, key: str, prompts: list[str], states: Tensor, targets: Tensor, answer: list[int],
+        pooled: tuple[Tensor, Tensor], note: dict[str, Any],
+    ) -> Steering:  # fmt: skip
+        """Maps of every step (§15: X_s to X_t), the scope, and what the report says about them."""
+        held = torch.arange(len(states)) % 10 == 9 if len(states) >= 30 else torch.zeros(len(states), dtype=torch.bool)
+        maps = [
+            self._map(torch.cat([states[~held, t, 0], pooled[0][:, 0] if t == 0 else states[:0, t, 0]]),
+                      torch.cat([targets[:, t, 0], pooled[1][:, 0] if t == 0 else targets[:0, t, 0]]))
+            for t in range(len(answer))
+        ]  # fmt: skip
+        if self.config.layer == "final":
+            moved = torch.stack([step(states[:, t, 0]) for t, step in enumerate(maps)], 1)
+            said = self._argmax(moved).eq(torch.tensor(answer)).all(1)
+            note["on_fit_states"], note["converged"] = float(said[~held].double().mean()), bool(said.double().mean() > 0.5)
+            if held.any():
+                note["on_held_out_states"] = float(said[held].double().mean())
+        if held.any():
+            note["held_out_distance"] = float(gaussian_distance(states[held, 0, 0], states[~held, 0, 0]).mean())
+        note["rank"] = [step.rank for step in maps]
+        points = self.gate.points(gate_features(self.model, self.tokenizer, [self._wrap(p) for p in prompts], self.gate, self.config.token))
+        centre = self.gate.centre(points)
+        radius = self.config.radius if self.config.radius is not None else self.gate.radius
+        if radius is None:
+            radius = radius_from_prompts(self.model, self.tokenizer, self.gate, points, centre, self.request, self._wrap)
+            note["radius_from"] = "the edit's own prompts against stock texts (run `errata calibrate` for a calibrated gate)"
+        return Steering(
+            edit=self.request.id, key=key, gate=self.gate, centre=centre, radius=float(radius),
+            target_ids=tuple(answer), maps=tuple(maps), site=self.config.layer,
+        )  # fmt: skip
+
+    def _map(self, source: Tensor, target: Tensor) -> LinearMap:
+        config = self.config
+        if config.map == "uniform":
+            fitted = mean_shift(source, target)
+        else:
+            fitted = gaussian_transport(source, target, reg=config.reg, relative=config.reg_relative)
+        if config.tolerance and fitted.rank:
+            fitted = fitted.truncate(source, tolerance=config.tolerance)
+        return fitted.to(torch.float16 if config.half else torch.float32)

@@ -1,0 +1,1 @@
+"""Pure functions of tensors: no model, no tokenizer, no cache, nothing printed."""

@@ -1,0 +1,1 @@
+"""Reading and intervening on Hugging Face models; knows nothing of edits."""

@@ -1,0 +1,142 @@
+"""What a patch was fitted on: enough of a model and its tokenizer to refuse another one."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from errata.errors import BaseMismatchError
+from errata.model.anatomy import Anatomy, anatomy
+from errata.model.tokens import token_ids
+
+# What float16 cannot hold as finely as bfloat16 counts as zero. The limit lies in [2^-17, 2^-16), where both formats
+# have the same numbers, so that rounding never carries a weight across it.
+_TINY = 1.5 * 2.0**-17
+_CHUNK = 1 << 24
+# Texts whose ids stand for the rules around the vocabulary: spaces, case, accents, digits, line breaks, bytes.
+_PROBES = (" The Café's 1,234 naïve\tUsers\n\n  wrote:  “Ångström” 東京 🙂", "x", "Hello world!")
+
+
+def base_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parameters: Iterable[str] = ()
+) -> dict[str, Any]:
+    """What identifies the model and the tokenizer, JSON-ready.
+
+    `family`, `d_model`, `n_layers`, `vocab_size`, `quantised`; `tokenizer`, see `tokenizer_hash`; `weights`, a mapping
+    from parameter name to `tensor_hash`, for the final norm, the embedding, the MLP output projections of the first,
+    middle and last layer, and `parameters`, names of further ones (those a patch touches). Quantised models have none.
+    """
+    parts = anatomy(model)
+    quantised = _quantised(model)
+    names = () if quantised else (*_landmarks(model, parts), *parameters)
+    return {
+        **_config(model, parts),
+        "quantised": quantised,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "weights": {name: tensor_hash(weight) for name, weight in _weights(model, names).items()},
+    }
+
+
+def check_base(expected: Mapping[str, Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Compare `expected`, a result of `base_of`, with this model and tokenizer; cheap properties first.
+
+    If either is a quantised form its weights say nothing: config and tokenizer are compared, and a warning says so.
+    Raises BaseMismatchError naming the first thing that differs.
+    """
+    for key, found in _config(model, anatomy(model)).items():
+        _same(key, expected.get(key), found)
+    _same("tokenizer", expected.get("tokenizer"), tokenizer_hash(tokenizer))
+    if _quantised(model) or expected.get("quantised"):
+        warnings.warn(
+            "the model or the one the patch was fitted on is quantised, so they are matched on config and tokenizer "
+            "only; make sure that it is the same base.",
+            stacklevel=2,
+        )
+        return
+    hashes: Mapping[str, str] = expected.get("weights") or {}
+    here = _weights(model, hashes)
+    for name, hash_ in hashes.items():
+        if name not in here and _is_offloaded(model, name):
+            continue
+        _same(f"weight {name}", hash_, tensor_hash(here[name]) if name in here else None)
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """ "sha256:…" of the shape and of the values rounded to bfloat16, with those below 1.14e-5 as zero.
+
+    Equal for weights stored in float16 or bfloat16 whichever of float16, bfloat16 or float32 they were loaded in, and
+    for weights stored in float32 loaded in float32 or bfloat16.
+    """
+    digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())
+    for chunk in torch.split(tensor.detach().reshape(-1), _CHUNK):
+        rounded = chunk.to(torch.bfloat16)
+        rounded = torch.where(rounded.abs() > _TINY, rounded, torch.zeros_like(rounded))
+        digest.update(rounded.view(torch.int16).cpu().numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """ "sha256:…" of what the tokenizer does: vocabulary, merges, added and special tokens, and the ids of probe texts.
+
+    Padding and truncation, which callers change, do not count, nor does the pad token. The backend's normaliser and
+    splitting rules count by the ids that they give to the probe texts, not by their JSON, which differs between
+    releases of transformers for one and the same tokenizer.
+    """
+    content = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "model": _model_table(tokenizer),
+        "special": {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk")},
+        "probes": [token_ids(tokenizer, _PROBES, special=special) for special in (True, False)],
+    }
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return f"sha256:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+def _model_table(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Merges (BPE) or scored pieces (Unigram) of the backend; empty if there is none."""
+    if not tokenizer.is_fast:
+        return {}
+    backend: Any = getattr(tokenizer, "backend_tokenizer")  # noqa: B009
+    model = json.loads(backend.to_str())["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
+    return {"merges": merges, "pieces": model["vocab"] if isinstance(model.get("vocab"), list) else []}
+
+
+def _config(model: PreTrainedModel, parts: Anatomy) -> dict[str, Any]:
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return {"family": parts.family, "d_model": parts.d_model, "n_layers": parts.n_layers, "vocab_size": vocabulary}
+
+
+def _landmarks(model: PreTrainedModel, parts: Anatomy) -> list[str]:
+    layers = sorted({0, parts.n_layers // 2, parts.n_layers - 1})
+    paths = [parts.final_norm, parts.embed, *(parts.mlp_out[i] for i in layers if parts.mlp_out)]
+    return [f"{path}.weight" for path in paths if path is not None]
+
+
+def _weights(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Tensor]:
+    """The parameters of these names that exist and are in memory."""
+    held = dict(model.named_parameters(remove_duplicate=False))
+    return {name: held[name] for name in names if name in held and not held[name].is_meta}
+
+
+def _is_offloaded(model: PreTrainedModel, name: str) -> bool:
+    weight = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    return weight is not None and weight.is_meta
+
+
+def _quantised(model: PreTrainedModel) -> bool:
+    config = getattr(model.config, "quantization_config", None)
+    return config is not None or bool(getattr(model, "is_quantized", False))
+
+
+def _same(what: str, expected: Any, found: Any) -> None:
+    if expected != found:
+        raise BaseMismatchError(
+            f"expected a model with {what} {expected!r}, on which the patch was fitted, found {found!r}; "
+            f"load that model, or fit the patch again on this one."
+        )

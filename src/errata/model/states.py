@@ -1,0 +1,125 @@
+"""Hidden states of many texts at chosen layers and positions, at the price of the layers below only."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from errata.errors import ShapeError
+from errata.model.anatomy import Site, anatomy
+from errata.model.hooks import ForwardHook, Hooks, first_tensor
+from errata.model.tokens import Batch, pad, token_ids
+
+
+class _Stop(Exception):
+    """Everything asked for has been computed."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; on leaving, every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the model takes its token ids: the embedding's device, also when layers are spread over several."""
+    return next(model.get_input_embeddings().parameters()).device
+
+
+def last_states(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    site: Site = "final",
+    batch_tokens: int = 4096,
+) -> Tensor:
+    """(n, d) float32 on CPU: the state of each text's last token at `site`, activation units.
+
+    site: a layer (its block's output) or "final" (after the final norm). The tokenizer adds its special tokens.
+    Raises RequestError for a text without tokens, AnatomyError for a bad site.
+    """
+    rows = token_ids(tokenizer, texts)
+    states = states_at(model, rows, [[-1]] * len(rows), [site], batch_tokens=batch_tokens)[site]
+    return torch.cat(states) if states else torch.empty(0, anatomy(model).d_model)
+
+
+def states_at(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    sites: Sequence[Site],
+    *,
+    batch_tokens: int = 4096,
+) -> dict[Site, list[Tensor]]:
+    """States of tokenised texts: for each site one (len(positions[i]), d) float32 CPU tensor per row, in input order.
+
+    rows: token ids, of different lengths; positions: token indices per row, negative ones count from the row's end;
+    batch_tokens: padded tokens per forward pass. Attached patches act. The forward pass stops after the last module
+    needed, and leaves no hook; weights, modes, gradients and random state stay as they are.
+    Raises ShapeError if a position lies outside its row, AnatomyError for a bad site.
+    """
+    where = _absolute(rows, positions)
+    parts = anatomy(model)
+    paths = {site: parts.site(site) for site in sites}
+    found: dict[Site, list[Tensor]] = {site: [torch.empty(0, parts.d_model)] * len(rows) for site in paths}
+    order = [i for i in sorted(range(len(rows)), key=lambda i: len(rows[i])) if where[i]]
+    with torch.no_grad(), evaluating(model):
+        for chunk in _chunks(order, [len(row) for row in rows], batch_tokens):
+            batch = pad([rows[i] for i in chunk], 0, input_device(model))
+            index = torch.tensor([(r, t) for r, i in enumerate(chunk) for t in where[i]])
+            picked = _forward(model, batch, list(paths.values()), index)
+            for site, path in paths.items():
+                for i, states in zip(chunk, torch.split(picked[path], [len(where[i]) for i in chunk]), strict=True):
+                    found[site][i] = states.clone()
+    return found
+
+
+def _absolute(rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> list[list[int]]:
+    if len(rows) != len(positions):
+        raise ShapeError(f"expected one list of positions per row, found {len(positions)} for {len(rows)} rows.")
+    for i, (row, wanted) in enumerate(zip(rows, positions, strict=True)):
+        for t in wanted:
+            if not -len(row) <= t < len(row):
+                raise ShapeError(f"expected positions within the {len(row)} tokens of row {i}, found {t}.")
+    return [[t % len(row) for t in wanted] for row, wanted in zip(rows, positions, strict=True)]
+
+
+def _chunks(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Rows in ascending length, as many as fit when padded to the longest; one alone may be longer than the limit."""
+    chunk: list[int] = []
+    for i in order:
+        if chunk and (len(chunk) + 1) * lengths[i] > batch_tokens:
+            yield chunk
+            chunk = []
+        chunk.append(i)
+    if chunk:
+        yield chunk
+
+
+def _forward(model: PreTrainedModel, batch: Batch, paths: Sequence[str], index: Tensor) -> dict[str, Tensor]:
+    """{path: (len(index), d)}: states at index (m, 2) of row and position, computing no further than needed."""
+    picked: dict[str, Tensor] = {}
+
+    def keep(path: str) -> ForwardHook:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            states = first_tensor(output)
+            at = index.to(states.device)
+            picked[path] = states[at[:, 0], at[:, 1]].float().cpu()
+            if len(picked) == len(set(paths)):
+                raise _Stop
+
+        return hook
+
+    with Hooks(model, forward=[(path, keep(path)) for path in dict.fromkeys(paths)]), suppress(_Stop):
+        model(**batch.inputs(model), use_cache=False)
+    return picked

@@ -1,0 +1,245 @@
+"""What a fit returns: an immutable value that is attached to a model, taken off again, saved, joined and revised.
+
+One safetensors file: tensors named `parts.<i>.<field>` and `gates.<digest>.<field>`, everything else a JSON header in the
+metadata. No pickle, no class path, no code. `to_bytes` and `from_bytes` are the only pair that reads and writes it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from errata.edit import EditRequest
+from errata.errors import PatchFormatError, RequestError
+from errata.files import write_atomically
+from errata.model.fingerprint import check_base
+from errata.scope.gate import Gate
+from errata.steering import Decision, Steering, SteeringTable
+
+FORMAT_VERSION = 1
+# Readers of older files: MIGRATIONS[v] turns a header of version v into one of v + 1. Append only.
+MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = ()
+KINDS = {Steering.kind: Steering}
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """Fitted edits. `requests[i]` is what was asked; `parts` realise them; `report` has one entry per request id.
+
+    base: what it was fitted on (family, sizes, hashes of tokenizer and touched weights).
+    """
+
+    method: str
+    config: dict[str, Any]
+    requests: tuple[EditRequest, ...]
+    base: dict[str, Any]
+    parts: tuple[Steering, ...]
+    report: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids of the edits, in order."""
+        return tuple(request.id for request in self.requests)
+
+    @property
+    def id(self) -> str:
+        """SHA-256 (16 hex digits) of the file without the report: equal edits have equal ids."""
+        return hashlib.sha256(replace(self, report={}).to_bytes()).hexdigest()[:16]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Patch) and self.to_bytes() == other.to_bytes()
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    # -- values from values ------------------------------------------------------------------------------------------
+
+    def without(self, edit: str) -> "Patch":
+        """The patch without one edit. Raises RequestError if it has none of that id."""
+        self._index(edit)
+        return replace(
+            self,
+            requests=tuple(r for r in self.requests if r.id != edit),
+            parts=tuple(p for p in self.parts if p.edit != edit),
+            report={k: v for k, v in self.report.items() if k != edit},
+        )
+
+    def revise(self, edit: str, new: "Patch") -> "Patch":
+        """The patch with one edit replaced: `without(edit) + new`, bit for bit."""
+        return self.without(edit) + new
+
+    def __add__(self, other: "Patch") -> "Patch":
+        """Both patches' edits in one. Raises RequestError for different methods, bases, or an edit that both hold."""
+        if not isinstance(other, Patch):
+            return NotImplemented
+        if self.base != other.base:
+            raise RequestError("cannot join patches that were fitted on different models; fit both on the same one")
+        if self.method != other.method or self.config != other.config:
+            raise RequestError(f"cannot join a {self.method} patch with a {other.method} patch of another configuration; attach both instead")
+        if twice := set(self.ids) & set(other.ids):
+            raise RequestError(f"both patches hold the edit {sorted(twice)[0]}; remove it from one of them")
+        return replace(
+            self,
+            requests=self.requests + other.requests,
+            parts=self.parts + other.parts,
+            report=self.report | other.report,
+        )
+
+    def _index(self, edit: str) -> int:
+        if edit not in self.ids:
+            raise RequestError(f"expected the id of one of the patch's {len(self)} edits, found {edit!r}; `errata show` lists them")
+        return self.ids.index(edit)
+
+    # -- attaching ---------------------------------------------------------------------------------------------------
+
+    def attach(self, model: Any, tokenizer: Any) -> "Handle":
+        """Make the edits act on the model; no weight changes. The handle is a context manager; `detach` undoes it exactly.
+
+        Raises BaseMismatchError if the patch was fitted on another model or tokenizer.
+        """
+        check_base(self.base, model, tokenizer)
+        return Handle(self, model, tokenizer)
+
+    # -- the file ----------------------------------------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {f"parts.{i}.{name}": t for i, part in enumerate(self.parts) for name, t in part.tensors().items()}
+        for gate in {part.gate.digest: part.gate for part in self.parts}.values():
+            named |= {f"gates.{gate.digest}.{name}": t for name, t in gate.tensors().items()}
+        return {name: t.detach().cpu().contiguous() for name, t in named.items()}
+
+    def header(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON values."""
+        return {
+            "format": "errata.patch",
+            "format_version": FORMAT_VERSION,
+            "method": self.method,
+            "config": self.config,
+            "base": self.base,
+            "requests": [json.loads(r.to_json()) for r in self.requests],
+            "parts": [part.header() for part in self.parts],
+            "gates": {part.gate.digest: part.gate.header() for part in self.parts},
+            "report": self.report,
+        }
+
+    def to_bytes(self) -> bytes:
+        """The patch as one safetensors file."""
+        tensors = self._tensors()
+        header = self.header() | {"content": _digest(tensors)}
+        text = json.dumps(header, sort_keys=True, ensure_ascii=False)
+        seal = hashlib.sha256(text.encode()).hexdigest()
+        return save_tensors(tensors, metadata={"errata": text, "sha256": seal})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str = "the patch") -> "Patch":
+        """Read what `to_bytes` wrote. Raises PatchFormatError, naming what is wrong and where."""
+        header, tensors = _unpack(data, name)
+        while header["format_version"] < FORMAT_VERSION:
+            header = MIGRATIONS[header["format_version"]](header)
+        try:
+            gates = {d: Gate.of(h, _under(tensors, f"gates.{d}.")) for d, h in header["gates"].items()}
+            parts = tuple(
+                KINDS[h["kind"]].of(h, _under(tensors, f"parts.{i}."), gates) for i, h in enumerate(header["parts"])
+            )
+            return cls(
+                method=header["method"],
+                config=header["config"],
+                requests=tuple(EditRequest(**r) for r in header["requests"]),
+                base=header["base"],
+                parts=parts,
+                report=header["report"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PatchFormatError(f"{name} is not a valid patch: {type(error).__name__}: {error}; it may come from another version") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, whole or not at all."""
+        write_atomically(path, self.to_bytes())
+
+
+def load_patch(path: str | Path) -> Patch:
+    """Read a patch file. Raises PatchFormatError if it is missing, truncated, altered or something else."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise PatchFormatError(f"cannot read the patch {path}: {error.strerror or error}") from None
+    return Patch.from_bytes(data, str(path))
+
+
+def _unpack(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        tensors = load_tensors(data)
+    except (SafetensorError, ValueError, UnicodeDecodeError, AttributeError) as error:
+        raise PatchFormatError(f"{name} is not a readable safetensors file (truncated or damaged): {error}; copy it again") from None
+    text = metadata.get("errata", "")
+    if not text or json.loads(text).get("format") != "errata.patch":
+        raise PatchFormatError(f"{name} is a safetensors file but not an errata patch; pass a file that `errata fit` wrote")
+    header = json.loads(text)
+    if header["format_version"] > FORMAT_VERSION:
+        raise PatchFormatError(f"{name} has format version {header['format_version']}, this errata reads up to {FORMAT_VERSION}; update errata")
+    if hashlib.sha256(text.encode()).hexdigest() != metadata.get("sha256") or header["content"] != _digest(tensors):
+        raise PatchFormatError(f"{name} has been altered since it was written (its checksums do not match); fetch or fit it again")
+    return header, tensors
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
+        sha.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+class Handle:
+    """One attachment of one patch. `with patch.attach(...)` or `handle.detach()`; detaching twice is harmless.
+
+    conflicts: pairs (edit of this patch, earlier edit that it overrides) for equal subject and relation.
+    """
+
+    def __init__(self, patch: Patch, model: Any, tokenizer: Any):
+        self.patch, self.model = patch, model
+        self._table = SteeringTable.on(model, tokenizer)
+        self.conflicts = self._table.add(self, patch.parts)
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Take this patch off; every other attachment stays."""
+        self._table.remove(self)
+
+    def decide(self, prompts: Sequence[str]) -> list[Decision]:
+        """What the loaded edits, all patches together, say about each prompt."""
+        return self._table.decide(prompts)
+
+    @contextmanager
+    def prompts(self, lengths: Sequence[int]) -> Iterator[None]:
+        """Teacher forcing: inside, each row is a prompt of so many real tokens and a completion."""
+        with self._table.prompts(lengths):
+            yield

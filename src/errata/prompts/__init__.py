@@ -1,0 +1,1 @@
+"""In-scope prompts: paraphrases, implications and the contexts that they are read in."""

@@ -1,0 +1,125 @@
+"""The gate: how a prompt becomes a point, and how far points are from each other.
+
+An *activation* gate reads the model's own states on the way: the hidden states of some layers at the position itself, or
+their mean over the row so far, so that every position of a sequence has its own decision and caching changes nothing. An
+*encoder* gate embeds the text with a sentence-transformers model (the SAKE paper's way). On top, optionally, a linear
+projection: with the one of `maths.discriminant` Euclidean distance is Mahalanobis distance under the spread that phrasings
+of one fact have.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from errata.errors import ConfigError
+from errata.files import write_atomically
+
+Distance = Literal["euclidean", "cosine", "linear"]
+Pooling = Literal["last", "mean"]
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """How prompts become points (k,) and how distances are measured.
+
+    layers: blocks whose output is read, concatenated (empty for an encoder gate); pooling: `last` (the position's own
+    state) or `mean` (mean over the row up to it); encoder: name of a sentence encoder instead of layers; mean (D,) and
+    projection (D, k): z = (x − mean) · projection, D = len(layers)·d_model; radius: the calibrated default radius.
+    distance: `euclidean`, `cosine` (1 − cosine), or `linear` (−z·centre: the centre is a classifier's weight vector).
+    """
+
+    layers: tuple[int, ...] = ()
+    pooling: Pooling = "last"
+    distance: Distance = "euclidean"
+    encoder: str | None = None
+    mean: Tensor | None = None
+    projection: Tensor | None = None
+    radius: float | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.layers) == bool(self.encoder):
+            raise ConfigError("expected a gate that reads either layers or an encoder's vectors, found both or neither")
+        if self.distance not in ("euclidean", "cosine", "linear"):
+            raise ConfigError(f"expected the distance 'euclidean', 'cosine' or 'linear', found {self.distance!r}")
+        if self.pooling not in ("last", "mean"):
+            raise ConfigError(f"expected the pooling 'last' or 'mean', found {self.pooling!r}")
+
+    @cached_property
+    def digest(self) -> str:
+        """Sixteen hex digits over everything that the gate does; edits with the same digest share one table."""
+        sha = hashlib.sha256(json.dumps(self.header(), sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors().items()):
+            sha.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()[:16]
+
+    def header(self) -> dict[str, Any]:
+        """The gate's JSON part."""
+        return {
+            "layers": list(self.layers),
+            "pooling": self.pooling,
+            "distance": self.distance,
+            "encoder": self.encoder,
+            "radius": self.radius,
+            "note": self.note,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The gate's tensors, on the CPU."""
+        named = {"mean": self.mean, "projection": self.projection}
+        return {name: t.cpu() for name, t in named.items() if t is not None}
+
+    @classmethod
+    def of(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Gate":
+        """The gate of a header and its tensors."""
+        fields = {**header, "layers": tuple(header["layers"])}
+        return cls(**fields, mean=tensors.get("mean"), projection=tensors.get("projection"))
+
+    def points(self, x: Tensor) -> Tensor:
+        """Raw features (…, D) as points (…, k), float32."""
+        x = x.float()
+        if self.mean is not None:
+            x = x - self.mean.to(x.device, torch.float32)
+        if self.projection is not None:
+            x = x @ self.projection.to(x.device, torch.float32)
+        return torch.nn.functional.normalize(x, dim=-1) if self.distance == "cosine" else x
+
+    def centre(self, points: Tensor) -> Tensor:
+        """The centre (k,) of an edit whose in-scope points (n, k) these are."""
+        mean = points.mean(0)
+        return torch.nn.functional.normalize(mean, dim=0) if self.distance == "cosine" else mean
+
+    def distances(self, points: Tensor, centres: Tensor) -> Tensor:
+        """Distances (…, n) of points (…, k) to centres (n, k), in the gate's own unit."""
+        if self.distance == "euclidean":
+            return torch.cdist(points, centres.to(points), compute_mode="donot_use_mm_for_euclid_dist")
+        dots = points @ centres.to(points).T
+        return 1 - dots if self.distance == "cosine" else -dots
+
+
+GATE_FILE = "errata-scope.safetensors"
+
+
+def save_gate(gate: Gate, path: str | Path) -> None:
+    """Write a calibrated gate; in a model's directory under the name `GATE_FILE` it becomes that model's default."""
+    tensors = {name: t.contiguous() for name, t in gate.tensors().items()}
+    write_atomically(path, save_tensors(tensors, metadata={"errata.gate": json.dumps(gate.header())}))
+
+
+def load_gate(path: str | Path) -> Gate:
+    """Read what `save_gate` wrote. Raises ConfigError if the file is missing or something else."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            header = json.loads((file.metadata() or {})["errata.gate"])
+            return Gate.of(header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ConfigError(f"expected a gate file written by `errata calibrate` at {path}, found none that can be read ({error})") from None
