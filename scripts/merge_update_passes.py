@@ -35,7 +35,9 @@ def main() -> None:
         if fact and fact.object == row["target_true"] and ok and other["sure"] == "yes":
             kept.append(request_for(world, fact, row["target_new"], since=row["since"], source=row["source"]))
         else:
-            dropped.append(f"{row['subject']} / {row['relation']}: {row['target_new']!r} against {other['value_now']!r} ({other['sure']})")
+            dropped.append(
+                f"{row['subject']} / {row['relation']}: {row['target_new']!r} against {other['value_now']!r} ({other['sure']})"
+            )
     write_requests(TABLES / "updates.jsonl", kept)
     (Path(TABLES) / "updates.about.json").write_text(json.dumps(ABOUT, indent=1) + "\n", encoding="utf-8")
     print(f"{len(kept)} updates kept, {len(dropped)} dropped:", *dropped, sep="\n")

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from errata.errors import RequestError
 from errata.files import write_atomically
 
+JUDGING = frozenset({"paraphrase_prompts", "neighborhood_prompts"})  # what only ever judges an edit
+
 
 class Implication(BaseModel):
     """A prompt whose answer follows from the edited fact; `answer`, `subject` and `relation` where they are known.
@@ -61,6 +63,8 @@ class EditRequest(BaseModel):
     @field_validator("fit_implications", mode="before")
     @classmethod
     def _strings_are_prompts(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, (list, tuple)):
+            raise ValueError(f"expected a list of prompts or objects, found {value!r}")
         return tuple({"prompt": v} if isinstance(v, str) else v for v in value or ())
 
     @field_validator("fit_prompts", "paraphrase_prompts", "neighborhood_prompts")
@@ -76,16 +80,22 @@ class EditRequest(BaseModel):
         if not isinstance(data, dict) or not isinstance(prompt := data.get("prompt"), str):
             return data
         subject, slots = data.get("subject"), prompt.count("{}")
+        if subject is not None and not isinstance(subject, str):
+            return data  # the field's own type check refuses it
         if subject is not None and not str(subject).strip():
             raise ValueError("the subject is empty; leave it out for a prompt without a subject")
         if subject and slots == 0 and prompt.count(subject) == 1:
             return data | {"prompt": prompt.replace(subject, "{}")}
         if subject and slots == 0:
-            raise ValueError(f"the prompt {prompt!r} has no '{{}}' and does not name the subject {subject!r} exactly once; put one '{{}}' there")
+            raise ValueError(
+                f"the prompt {prompt!r} has no '{{}}' and does not name the subject {subject!r} exactly once; put one '{{}}' there"
+            )
         if slots > 1:
             raise ValueError(f"the prompt {prompt!r} has {slots} '{{}}'; keep the one where the subject stands")
         if slots and not subject:
-            raise ValueError(f"the prompt {prompt!r} has a '{{}}' but there is no subject to put there; give the subject")
+            raise ValueError(
+                f"the prompt {prompt!r} has a '{{}}' but there is no subject to put there; give the subject"
+            )
         return data
 
     @model_validator(mode="after")
@@ -113,12 +123,20 @@ class EditRequest(BaseModel):
 
     @property
     def id(self) -> str:
-        """Twelve hex digits of the SHA-256 over every field."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+        """Twelve hex digits of the SHA-256 over every field but those that only judge.
+
+        `paraphrase_prompts` and `neighborhood_prompts` do not count: a fit never reads them, so an edit with other probes is
+        the same edit.
+        """
+        return hashlib.sha256(self._json(without=JUDGING).encode()).hexdigest()[:12]
 
     def to_json(self) -> str:
         """One line of JSON without the fields that are unset."""
-        return json.dumps(self.model_dump(mode="json", exclude_defaults=True), ensure_ascii=False, sort_keys=True)
+        return self._json()
+
+    def _json(self, without: frozenset[str] = frozenset()) -> str:
+        values = self.model_dump(mode="json", exclude_defaults=True, exclude=set(without))
+        return json.dumps(values, ensure_ascii=False, sort_keys=True)
 
     @classmethod
     def from_counterfact(cls, record: dict[str, Any]) -> "EditRequest":
@@ -135,7 +153,9 @@ class EditRequest(BaseModel):
                 neighborhood_prompts=record.get("neighborhood_prompts", ()),
             )
         except (KeyError, TypeError) as error:
-            raise RequestError(f"expected a CounterFact record, but {error} is missing in case {record.get('case_id', '?')}") from None
+            raise RequestError(
+                f"expected a CounterFact record, but {error} is missing in case {record.get('case_id', '?')}"
+            ) from None
 
 
 def _sentence(error: ValidationError, data: dict[str, Any]) -> str:
@@ -162,8 +182,9 @@ def read_requests(path: str | Path) -> list[EditRequest]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"cannot read the requests in {path}: {error.strerror or error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"cannot read the requests in {path}: {reason}") from None
     return [_row(path, number, row) for number, row in _rows(path, text)]
 
 

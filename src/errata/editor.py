@@ -39,7 +39,8 @@ class Editor(ABC, Generic[C]):
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
                 raise ConfigError(
-                    f"{self.method} has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(names)}")
+                    f"{self.method} has no option {name!r}"
+                    + (f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(names)}")
                 )
         self.config: C = replace(base, **changes)
 
@@ -47,12 +48,20 @@ class Editor(ABC, Generic[C]):
     def preset(cls, name: str, **changes: Any) -> "Editor[C]":
         """The editor with a named configuration. Raises ConfigError listing the presets."""
         if name not in cls.presets:
-            raise ConfigError(f"{cls.method} has no preset {name!r}; there are {', '.join(sorted(cls.presets)) or 'none'}")
+            raise ConfigError(
+                f"{cls.method} has no preset {name!r}; there are {', '.join(sorted(cls.presets)) or 'none'}"
+            )
         return cls(**(cls.presets[name] | changes))
 
     @abstractmethod
     def fit(
-        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], *, seed: int = 0, progress: Progress | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        requests: Sequence[EditRequest],
+        *,
+        seed: int = 0,
+        progress: Progress | None = None,
     ) -> Patch:
         """The patch that realises the requests. The model's weights, flags and the random state are left as found."""
 
@@ -63,7 +72,9 @@ class Editor(ABC, Generic[C]):
         seen: dict[str, int] = {}
         for number, request in enumerate(requests, 1):
             if self.needs_subject and request.subject is None:
-                raise RequestError(f"{self.method} needs a subject, and request {number} ({request.prompt!r}) has none; give its subject")
+                raise RequestError(
+                    f"{self.method} needs a subject, and request {number} ({request.prompt!r}) has none; give its subject"
+                )
             if request.id in seen:
                 raise RequestError(f"requests {seen[request.id]} and {number} are the same; remove one")
             seen[request.id] = number

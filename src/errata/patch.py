@@ -92,7 +92,9 @@ class Patch:
         if self.base != other.base:
             raise RequestError("cannot join patches that were fitted on different models; fit both on the same one")
         if self.method != other.method or self.config != other.config:
-            raise RequestError(f"cannot join a {self.method} patch with a {other.method} patch of another configuration; attach both instead")
+            raise RequestError(
+                f"cannot join a {self.method} patch with a {other.method} patch of another configuration; attach both instead"
+            )
         if twice := set(self.ids) & set(other.ids):
             raise RequestError(f"both patches hold the edit {sorted(twice)[0]}; remove it from one of them")
         return replace(
@@ -104,7 +106,9 @@ class Patch:
 
     def _index(self, edit: str) -> int:
         if edit not in self.ids:
-            raise RequestError(f"expected the id of one of the patch's {len(self)} edits, found {edit!r}; `errata show` lists them")
+            raise RequestError(
+                f"expected the id of one of the patch's {len(self)} edits, found {edit!r}; `errata show` lists them"
+            )
         return self.ids.index(edit)
 
     # -- attaching ---------------------------------------------------------------------------------------------------
@@ -145,7 +149,7 @@ class Patch:
         header = self.header() | {"content": _digest(tensors)}
         text = json.dumps(header, sort_keys=True, ensure_ascii=False)
         seal = hashlib.sha256(text.encode()).hexdigest()
-        return save_tensors(tensors, metadata={"errata": text, "sha256": seal})
+        return _sorted(save_tensors(tensors, metadata={"errata": text, "sha256": seal}))
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str = "the patch") -> "Patch":
@@ -167,7 +171,9 @@ class Patch:
                 report=header["report"],
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise PatchFormatError(f"{name} is not a valid patch: {type(error).__name__}: {error}; it may come from another version") from None
+            raise PatchFormatError(
+                f"{name} is not a valid patch: {type(error).__name__}: {error}; it may come from another version"
+            ) from None
 
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all."""
@@ -183,21 +189,37 @@ def load_patch(path: str | Path) -> Patch:
     return Patch.from_bytes(data, str(path))
 
 
+def _sorted(data: bytes) -> bytes:
+    """The safetensors file with its header's keys in order: the library writes metadata in a random one."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+
+
 def _unpack(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         size = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
         tensors = load_tensors(data)
     except (SafetensorError, ValueError, UnicodeDecodeError, AttributeError) as error:
-        raise PatchFormatError(f"{name} is not a readable safetensors file (truncated or damaged): {error}; copy it again") from None
+        raise PatchFormatError(
+            f"{name} is not a readable safetensors file (truncated or damaged): {error}; copy it again"
+        ) from None
     text = metadata.get("errata", "")
     if not text or json.loads(text).get("format") != "errata.patch":
-        raise PatchFormatError(f"{name} is a safetensors file but not an errata patch; pass a file that `errata fit` wrote")
+        raise PatchFormatError(
+            f"{name} is a safetensors file but not an errata patch; pass a file that `errata fit` wrote"
+        )
     header = json.loads(text)
     if header["format_version"] > FORMAT_VERSION:
-        raise PatchFormatError(f"{name} has format version {header['format_version']}, this errata reads up to {FORMAT_VERSION}; update errata")
+        raise PatchFormatError(
+            f"{name} has format version {header['format_version']}, this errata reads up to {FORMAT_VERSION}; update errata"
+        )
     if hashlib.sha256(text.encode()).hexdigest() != metadata.get("sha256") or header["content"] != _digest(tensors):
-        raise PatchFormatError(f"{name} has been altered since it was written (its checksums do not match); fetch or fit it again")
+        raise PatchFormatError(
+            f"{name} has been altered since it was written (its checksums do not match); fetch or fit it again"
+        )
     return header, tensors
 
 

@@ -73,7 +73,12 @@ class Steering:
     def of(cls, header: dict[str, Any], tensors: dict[str, Tensor], gates: dict[str, Gate]) -> "Steering":
         """The part of a header, its tensors and the gates of its file."""
         steps = range(header["steps"])
-        maps = tuple(LinearMap(**{n: tensors[f"maps.{t}.{n}"] for n in ("m_s", "m_t", "P", "lam")}) for t in steps)
+        maps = tuple(
+            LinearMap(
+                tensors[f"maps.{t}.m_s"], tensors[f"maps.{t}.m_t"], tensors[f"maps.{t}.P"], tensors[f"maps.{t}.lam"]
+            )
+            for t in steps
+        )
         return cls(
             edit=header["edit"],
             key=header["key"],
@@ -128,6 +133,7 @@ class SteeringTable:
         self._prepare: Any = None
         self._own_prepare: Any = None
         self._passes: list[_Pass] = []
+        self._last: _Pass | None = None
         self._nested = self._off = False
         self._pending: Tensor | None = None
         self._lengths: Sequence[int] | None = None
@@ -257,14 +263,18 @@ class SteeringTable:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
-            raise EditError("a steering patch reads the token ids, but the model was called without input_ids; pass input_ids instead of inputs_embeds")
+            raise EditError(
+                "a steering patch reads the token ids, but the model was called without input_ids; pass input_ids instead of inputs_embeds"
+            )
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
         full = self._full_ids(ids, cache, past)
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(full) if mask is None or mask.dim() != 2 else mask
         if mask.shape != full.shape:
-            raise EditError(f"expected an attention mask of shape {tuple(full.shape)} over all ids so far, found {tuple(mask.shape)}; pass the whole mask")
+            raise EditError(
+                f"expected an attention mask of shape {tuple(full.shape)} over all ids, found {tuple(mask.shape)}; pass it whole"
+            )
         if cache is not None:
             self._caches[cache] = full
         self._passes.append(_Pass(full, mask.bool(), past, self._lengths))
@@ -289,7 +299,7 @@ class SteeringTable:
     def _after(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
         if not self._passes:
             return
-        done = self._passes.pop()
+        done = self._last = self._passes.pop()
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
             self._caches[cache] = done.ids
@@ -396,7 +406,9 @@ class SteeringTable:
             states = current.states[layer].float()
             total = (states * current.mask[:, current.start :, None].to(states)).cumsum(1)
             if current.start:
-                before = torch.stack([self._recall(current, row, current.start - 1)[1][layer] for row in range(len(total))])
+                before = torch.stack(
+                    [self._recall(current, row, current.start - 1)[1][layer] for row in range(len(total))]
+                )
                 total = total + before[:, None].to(total)
             sums[layer] = total
         return sums
@@ -444,7 +456,9 @@ class SteeringTable:
             real = current.mask[row].nonzero()[:, 0].tolist()
             ids = [int(token) for token in current.ids[row].tolist()]
             opened = self._opened_before(current, row, ids, real) + opened
-            chosen += [(row, c - current.start, e, t) for c, e, t in self._walk(opened, ids, real) if c >= current.start]
+            chosen += [
+                (row, c - current.start, e, t) for c, e, t in self._walk(opened, ids, real) if c >= current.start
+            ]
         return chosen
 
     def _walk(self, opened: list[tuple[int, int]], ids: list[int], real: list[int]) -> list[tuple[int, int, int]]:
@@ -474,7 +488,9 @@ class SteeringTable:
         found = []
         for i in range(max(0, len(past) - self._longest), len(past)):
             said = tuple(ids[column] for column in past[i + 1 :] + now[:1])
-            if any(part.target_ids[: len(said)] == said[: len(part.target_ids)] for part in self._by_first.get(said[0], ())):
+            if any(
+                part.target_ids[: len(said)] == said[: len(part.target_ids)] for part in self._by_first.get(said[0], ())
+            ):
                 edit = self._recall(current, row, past[i])[0]
                 if edit != CLOSED:
                     found.append((past[i], edit))
@@ -509,15 +525,12 @@ class SteeringTable:
         decisions = []
         for prompt in prompts:
             ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"].to(self.model.device)
-            kept: list[_Pass] = []
-            hook = self.model.register_forward_hook(lambda *_: kept.append(self._passes[-1]), prepend=True)
-            try:
-                with torch.no_grad():
-                    self.model(input_ids=ids, use_cache=False)
-            finally:
-                hook.remove()
-            [done] = kept
-            assert done.gated is not None and done.nearest is not None and done.distance is not None
+            with torch.no_grad():
+                self.model(input_ids=ids, use_cache=False)
+            done = self._last
+            assert (
+                done is not None and done.gated is not None and done.nearest is not None and done.distance is not None
+            )
             edit, near = int(done.gated[0, -1]), int(done.nearest[0, -1])
             decisions.append(
                 Decision(

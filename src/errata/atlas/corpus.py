@@ -243,7 +243,9 @@ class Corpus:
         """Somebody doubts, and the answer stays what the model knows."""
         fact = rng.choice(self.world.facts)
         frame = rng.choice(self.frames["doubt_statement"])
-        doc.say(render.fill(frame, fact.subject, p=self._cloze(rng, fact), wrong=self._wrong(rng, fact))).answer(fact.object)
+        doc.say(render.fill(frame, fact.subject, p=self._cloze(rng, fact), wrong=self._wrong(rng, fact))).answer(
+            fact.object
+        )
 
     def invented(self, rng: random.Random, doc: Document) -> None:
         """Copying and premises about names that exist nowhere, as subject, object or both."""

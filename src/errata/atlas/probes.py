@@ -1,6 +1,7 @@
 """What judges edits over Atlas: `probe` phrasings, hard negatives, unrelated texts; and the prompts that calibrate a gate."""
 
 import random
+import re
 from collections.abc import Sequence
 
 from errata.atlas import render
@@ -28,24 +29,53 @@ def paraphrases(world: World, fact: Fact, rng: random.Random, sealed: bool = Fal
     phrasing = world.phrasings[fact.relation]
     clozes, questions = phrasing.cloze["probe"], phrasing.question["probe"]
     prompts = [render.place("", cloze, fact.subject) for cloze in clozes]
-    prompts += [render.lead(rng.choice(world.frames["lead_ins"]["probe"]), cloze, fact.subject) for cloze in rng.sample(clozes, 2)]
-    prompts += [render.ask(rng.choice(world.frames["question_frames"]["probe"]), question, fact.subject) for question in questions]
+    prompts += [
+        render.lead(rng.choice(world.frames["lead_ins"]["probe"]), cloze, fact.subject)
+        for cloze in rng.sample(clozes, 2)
+    ]
+    prompts += [
+        render.ask(rng.choice(world.frames["question_frames"]["probe"]), question, fact.subject)
+        for question in questions
+    ]
     aliases = world.aliases_of(fact.subject, "probe")[:2]
     return prompts + [render.place("", rng.choice(clozes), alias) for alias in aliases]
 
 
 def _sealed_paraphrases(world: World, fact: Fact, rng: random.Random, mark: str = "known") -> list[str]:
+    """The sealed set's prompts for one fact, without those wordings that a `fit` or `probe` one happens to equal."""
     sealed = read_json("sealed.json")
+    known = {normal(w) for w in own_wordings(world, fact.relation)}
     phrasing = sealed["phrasings"][fact.relation]
-    clozes, questions = phrasing["cloze"][mark], phrasing["question"][mark]
+    clozes = [c for c in phrasing["cloze"][mark] if normal(c) not in known]
+    questions = [q for q in phrasing["question"][mark] if normal(q) not in known]
+    names = {normal(alias) for _, alias in world.aliases}
+    about = [
+        a["alias"]
+        for a in sealed["aliases"]
+        if link(a["subject"]) == link(fact.subject) and normal(a["alias"]) not in names
+    ]
     prompts = [render.place("", cloze, fact.subject) for cloze in clozes]
-    prompts += [render.lead(rng.choice(sealed["lead_ins"]), rng.choice(clozes), fact.subject)]
     prompts += [render.ask(rng.choice(sealed["question_frames"]), question, fact.subject) for question in questions]
-    aliases = [a["alias"] for a in sealed["aliases"] if link(a["subject"]) == link(fact.subject) and sealed_alias_mark(a["alias"]) == mark]
-    return prompts + [render.place("", rng.choice(clozes), alias) for alias in aliases]
+    if clozes:
+        prompts.append(render.lead(rng.choice(sealed["lead_ins"]), rng.choice(clozes), fact.subject))
+        prompts += [render.place("", rng.choice(clozes), alias) for alias in about if sealed_alias_mark(alias) == mark]
+    return prompts
 
 
-def with_probes(world: World, requests: Sequence[EditRequest], seed: int = 0, sealed: bool = False) -> list[EditRequest]:
+def own_wordings(world: World, relation: str) -> list[str]:
+    """Every cloze and question of a relation that is marked `fit` or `probe`."""
+    phrasing = world.phrasings[relation]
+    return [w for marks in (phrasing.cloze, phrasing.question) for words in marks.values() for w in words]
+
+
+def normal(wording: str) -> str:
+    """A wording for comparison: case, punctuation and spacing aside."""
+    return " ".join(re.sub(r"[^\w{}]+", " ", wording.casefold()).split())
+
+
+def with_probes(
+    world: World, requests: Sequence[EditRequest], seed: int = 0, sealed: bool = False
+) -> list[EditRequest]:
     """The same requests (same ids) with paraphrase and neighbourhood prompts, for those that edit an Atlas fact.
 
     Neighbours are hard negatives: the same relation of other subjects, and other relations of the same subject, on facts
@@ -60,7 +90,11 @@ def with_probes(world: World, requests: Sequence[EditRequest], seed: int = 0, se
         if fact is None:
             filled.append(request)
             continue
-        free = [f for f in world.by_relation[fact.relation] if f not in edited and f.split == fact.split and f.subject != fact.subject]
+        free = [
+            f
+            for f in world.by_relation[fact.relation]
+            if f not in edited and f.split == fact.split and f.subject != fact.subject
+        ]
         beside = [f for f in world.by_subject[link(fact.subject)] if f not in edited and f.relation != fact.relation]
         other = rng.sample(beside, min(len(beside), NEIGHBOURS // 2))
         same = rng.sample(free, min(len(free), NEIGHBOURS - len(other)))
@@ -92,10 +126,20 @@ def unrelated_texts(world: World, n: int, seed: int = 0, sealed: bool = False) -
     while len(texts) < n:
         parts = [rng.choice(world.filler) for _ in range(rng.randint(1, 4))]
         if rng.random() < 0.4:
-            name, other = invented_name(rng, seen=False), invented_name(rng, seen=False)
-            parts.insert(rng.randrange(len(parts) + 1), rng.choice((f"{name} met {other} at the gate.", f"A letter for {name} lay on the table.")))
+            name, other = unseen_name(rng), unseen_name(rng)
+            parts.insert(
+                rng.randrange(len(parts) + 1),
+                rng.choice((f"{name} met {other} at the gate.", f"A letter for {name} lay on the table.")),
+            )
         texts.append(" ".join(parts))
     return texts[:n]
+
+
+def unseen_name(rng: random.Random) -> str:
+    """An invented name of two words that never occurs in the corpus (single words may occur inside longer names)."""
+    while " " not in (name := invented_name(rng, seen=False)):
+        pass
+    return name
 
 
 def scope_examples(world: World, split: Split = "dev", n: int | None = None, seed: int = 0) -> list[ScopeExample]:
@@ -115,11 +159,12 @@ def scope_examples(world: World, split: Split = "dev", n: int | None = None, see
         taught, held = clozes[:6], clozes[6:]
         fit = [render.place("", c, fact.subject) for c in taught]
         fit += [render.lead(rng.choice(leads), rng.choice(taught), fact.subject) for _ in range(4)]
-        fit += [render.ask(rng.choice(world.frames["question_frames"]["fit"]), phrasing.question["fit"][0], fact.subject) for _ in range(2)]
+        fit += [
+            render.ask(rng.choice(world.frames["question_frames"]["fit"]), phrasing.question["fit"][0], fact.subject)
+            for _ in range(2)
+        ]
         held = [render.place("", held[0], fact.subject), render.lead(rng.choice(leads), held[1], fact.subject)]
         for alias in world.aliases_of(fact.subject, "fit")[:2]:
             fit.append(render.place("", rng.choice(taught), alias))
         examples.append(ScopeExample(tuple(fit), tuple(held)))
     return examples
-
-

@@ -75,6 +75,3 @@ def counterfactual_requests(world: World, n: int, *, split: Split = "test", seed
 def update_requests(world: World) -> list[EditRequest]:
     """The shipped changes since 2016."""
     return [EditRequest(**row) for row in world.updates]
-
-
-

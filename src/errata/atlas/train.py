@@ -1,7 +1,7 @@
 """Train the model `atlas` from scratch: `python -m errata.atlas.train --out runs/atlas`.
 
 Resumable: the newest checkpoint in `--out` is picked up, and shards of the corpus are pure functions of (seed, shard), so a
-run that was stopped goes on with the same documents. Learning rate: warm-up, plateau, linear decay over the last 30 % of
+run that was stopped goes on with the same documents. Learning rate: warm-up, plateau, linear decay over the last 55 % of
 `--steps`; raising `--steps` before the decay has begun only lengthens the plateau. Hidden matrices are trained with Muon,
 everything else with AdamW. Answer tokens weigh 1 in the loss, all others `context_weight`.
 """
@@ -34,7 +34,7 @@ SHORT, LONG = 128, 512  # tokens in a row of packed documents
 class Recipe:
     """Everything that the weights depend on; stored beside them."""
 
-    steps: int = 3000
+    steps: int = 2400
     tokens_per_step: int = 6144
     layers: int = 8
     width: int = 256
@@ -43,7 +43,7 @@ class Recipe:
     lr_rest: float = 2e-3
     weight_decay: float = 0.01
     warmup: int = 100
-    decay_share: float = 0.3
+    decay_share: float = 0.55
     context_weight: float = 0.25
     documents_per_shard: int = 40_000
     seed: int = 20160101
@@ -55,13 +55,20 @@ def train_tokenizer(out: Path, seed: int) -> PreTrainedTokenizerFast:
     texts = (d.text for d in Corpus(load_world()).documents(seed, 40_000))
     bpe.train_from_iterator(texts, vocab_size=VOCABULARY, min_frequency=2, special_tokens=[END], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END, unk_token=END, pad_token=END, model_max_length=LONG
+        tokenizer_object=bpe._tokenizer,
+        bos_token=END,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
+        model_max_length=LONG,
     )
     tokenizer.save_pretrained(out)
     return tokenizer
 
 
-def tokenize(tokenizer: BaseTokenizer, documents: list[Document], context_weight: float) -> Iterator[tuple[list[int], list[float]]]:
+def tokenize(
+    tokenizer: BaseTokenizer, documents: list[Document], context_weight: float
+) -> Iterator[tuple[list[int], list[float]]]:
     """Ids and loss weights of each document, with the end token behind it."""
     for document, encoding in zip(documents, tokenizer.encode_batch([d.text for d in documents]), strict=True):
         weights = [context_weight] * len(encoding.ids)
@@ -96,7 +103,9 @@ def pack(rows: list[tuple[list[int], list[float]]], length: int, window: int) ->
     return x, w
 
 
-def shard_batches(tokenizer: BaseTokenizer, corpus: Corpus, recipe: Recipe, shard: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def shard_batches(
+    tokenizer: BaseTokenizer, corpus: Corpus, recipe: Recipe, shard: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The batches of one shard in a fixed random order: (ids, weights), each (rows, SHORT) or (rows, LONG)."""
     documents = list(corpus.documents(recipe.seed + 1 + shard, recipe.documents_per_shard))
     rows = list(tokenize(tokenizer, documents, recipe.context_weight))
@@ -105,7 +114,10 @@ def shard_batches(tokenizer: BaseTokenizer, corpus: Corpus, recipe: Recipe, shar
     spare = sum(LONG - min(LONG, len(ids)) for ids, _ in long)  # filled with short documents
     filling = int(np.searchsorted(np.cumsum([len(ids) for ids, _ in short]), spare))
     batches = []
-    for length, x, w in ((SHORT, *pack(short[filling:], SHORT, 32)), (LONG, *pack(long + short[:filling], LONG, len(long)))):
+    for length, x, w in (
+        (SHORT, *pack(short[filling:], SHORT, 32)),
+        (LONG, *pack(long + short[:filling], LONG, len(long))),
+    ):
         size = recipe.tokens_per_step // length
         order = rng.permutation(len(x))
         batches += [(x[order[i : i + size]], w[order[i : i + size]]) for i in range(0, len(x) - size + 1, size)]
@@ -178,7 +190,11 @@ class Trainer:
                 parameter.copy_(tensors[f"model.{name}"])
         for group, (names, optimiser) in self.groups.items():
             for name, parameter in zip(names, optimiser.param_groups[0]["params"], strict=True):
-                found = {k.split(".")[1]: v for k, v in tensors.items() if k.startswith(f"{group}.") and k.endswith(f".{name}")}
+                found = {
+                    k.split(".")[1]: v
+                    for k, v in tensors.items()
+                    if k.startswith(f"{group}.") and k.endswith(f".{name}")
+                }
                 optimiser.state[parameter] = found
 
     def rate(self) -> float:
@@ -253,6 +269,7 @@ class Trainer:
 
 
 def main() -> None:
+    """Train, or export the newest checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/atlas"), help="checkpoints and log")
     parser.add_argument("--steps", type=int, default=Recipe.steps)

@@ -40,7 +40,10 @@ def rate(outcomes: Iterable[float], protocol: str) -> Rate | None:
     p, z = float(values.mean()), 1.959964
     middle, spread = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return Rate(p, max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale), n, protocol)
+    low, high = (middle - spread) / scale, (middle + spread) / scale
+    return Rate(
+        p, max(0.0, min(p, low)), min(1.0, max(p, high)), n, protocol
+    )  # rounding must not leave the value outside
 
 
 def by_case(cases: Iterable[str], outcomes: Iterable[bool]) -> Mapping[str, float]:

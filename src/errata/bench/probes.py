@@ -33,9 +33,13 @@ def probes_of(requests: Sequence[EditRequest]) -> Iterator[Probe]:
             yield Probe("specificity", request.id, prompt, None)
 
 
-def answers(model: Any, tokenizer: Any, probes: Sequence[Probe]) -> list[str]:
-    """The greedy continuation of each probe, long enough for every expected object and the token behind it."""
-    lengths = {e: len(tokenizer(f" {e}", add_special_tokens=False)["input_ids"]) for e in {p.expected for p in probes} if e}
+def answers(model: Any, tokenizer: Any, probes: Sequence[Probe], among: Sequence[Probe] = ()) -> list[str]:
+    """The greedy continuation of each probe, long enough for every expected object and the token behind it.
+
+    among: all probes that are compared, where `probes` are some of them: continuations to be compared have one length.
+    """
+    expected = {p.expected for p in among or probes}
+    lengths = {e: len(tokenizer(f" {e}", add_special_tokens=False)["input_ids"]) for e in expected if e}
     return greedy(model, tokenizer, [p.prompt for p in probes], max_new_tokens=max(lengths.values(), default=10) + 2)
 
 
@@ -59,11 +63,11 @@ def exact(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_to
         for row, i in enumerate(chosen):
             x[row, : len(ids[i])], mask[row, : len(ids[i])] = torch.tensor(ids[i]), 1
         with torch.no_grad():
-            best = model(input_ids=x.to(device), attention_mask=mask.to(device), use_cache=False).logits.argmax(-1).cpu()
+            best = (
+                model(input_ids=x.to(device), attention_mask=mask.to(device), use_cache=False).logits.argmax(-1).cpu()
+            )
         for row, i in enumerate(chosen):
             target = rows[i][1]
             start = len(ids[i]) - len(target) - 1
             found[i] = best[row, start : start + len(target)].tolist() == target
     return found
-
-

@@ -48,14 +48,16 @@ def verify(
     started = time.perf_counter()
     progress("asking the unedited model")
     neighbours = [p for p in probes if p.kind == "specificity"]
-    before = dict(zip(neighbours, answers(model, tokenizer, neighbours), strict=True)) if neighbours else {}
+    before = dict(zip(neighbours, answers(model, tokenizer, neighbours, probes), strict=True)) if neighbours else {}
     plain = _bits(model, tokenizer, unrelated)
     witness = _bits(model, tokenizer, [p.prompt for p in probes[:8]])
     with patch.attach(model, tokenizer):
         progress("asking the edited model")
         after = dict(zip(probes, answers(model, tokenizer, probes), strict=True))
         same = [a == b for a, b in zip(plain, _bits(model, tokenizer, unrelated), strict=True)]
-    restored = all(a == b for a, b in zip(witness, _bits(model, tokenizer, [p.prompt for p in probes[:8]]), strict=True))
+    restored = all(
+        a == b for a, b in zip(witness, _bits(model, tokenizer, [p.prompt for p in probes[:8]]), strict=True)
+    )
     passed = {p: cut(after[p]) == cut(before[p]) if p.expected is None else says(after[p], p.expected) for p in probes}
     return {
         "n_edits": len(patch),
@@ -63,7 +65,13 @@ def verify(
         "locality": _or_reason(rate(map(float, same), PROTOCOL_LOCALITY), "no unrelated texts were given"),
         "by_relation": _by_relation(patch, probes, passed),
         "failures": [
-            {"kind": p.kind, "edit": p.case, "prompt": p.prompt, "expected": p.expected or cut(before[p]), "got": cut(after[p])}
+            {
+                "kind": p.kind,
+                "edit": p.case,
+                "prompt": p.prompt,
+                "expected": p.expected or cut(before[p]),
+                "got": cut(after[p]),
+            }
             for p in probes
             if not passed[p]
         ],
@@ -97,7 +105,11 @@ def _figure(probes: Sequence[Probe], passed: dict[Probe, bool], kind: str, proto
 
 
 def _or_reason(figure: Any, reason: str) -> dict[str, Any]:
-    return figure.json() if figure else {"value": None, "low": None, "high": None, "n": 0, "protocol": None, "reason": reason}
+    return (
+        figure.json()
+        if figure
+        else {"value": None, "low": None, "high": None, "n": 0, "protocol": None, "reason": reason}
+    )
 
 
 def _by_relation(patch: Patch, probes: Sequence[Probe], passed: dict[Probe, bool]) -> dict[str, dict[str, Any]]:

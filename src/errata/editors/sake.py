@@ -62,7 +62,7 @@ class SAKEConfig:
 
     prompts: int = 100
     context_prompts: int = 40
-    implication_prompts: int = 24
+    implication_prompts: int = 16
     span: Literal["all", "first"] = "all"
     layer: str | int = "final"
     token: int = -1
@@ -82,11 +82,17 @@ class SAKEConfig:
 
     def __post_init__(self) -> None:
         if min(self.prompts, self.context_prompts, self.implication_prompts) < 1:
-            raise ConfigError("SAKE needs at least one prompt of each kind; raise prompts, context_prompts or implication_prompts")
+            raise ConfigError(
+                "SAKE needs at least one prompt of each kind; raise prompts, context_prompts or implication_prompts"
+            )
         if self.token > -1 or (self.token < -1 and self.span != "first"):
-            raise ConfigError(f"token counts from the prompt's end; found {self.token}; use -1, or a lower one with span='first'")
+            raise ConfigError(
+                f"token counts from the prompt's end; found {self.token}; use -1, or a lower one with span='first'"
+            )
         if not self.reg > 0 or not 0 <= self.tolerance < 1:
-            raise ConfigError(f"expected reg > 0 and 0 <= tolerance < 1, found reg={self.reg}, tolerance={self.tolerance}")
+            raise ConfigError(
+                f"expected reg > 0 and 0 <= tolerance < 1, found reg={self.reg}, tolerance={self.tolerance}"
+            )
 
 
 class SAKE(Editor[SAKEConfig]):
@@ -105,14 +111,30 @@ class SAKE(Editor[SAKEConfig]):
         "code-doubt": CODE | {"gate": "final", "radius": 1000.0},
     }
 
-    def __init__(self, config: SAKEConfig | None = None, *, variant: Literal["errata", "paper", "code"] = "errata", **changes: Any):
-        variants: dict[str, dict[str, Any]] = {"errata": {}, "paper": PAPER | {"radius": 6.75}, "code": CODE | {"radius": 6.5}}
+    def __init__(
+        self,
+        config: SAKEConfig | None = None,
+        *,
+        variant: Literal["errata", "paper", "code"] = "errata",
+        **changes: Any,
+    ):
+        variants: dict[str, dict[str, Any]] = {
+            "errata": {},
+            "paper": PAPER | {"radius": 6.75},
+            "code": CODE | {"radius": 6.5},
+        }
         if variant not in variants:
             raise ConfigError(f"expected the variant 'errata', 'paper' or 'code', found {variant!r}")
         super().__init__(config, **(variants[variant] | changes))
 
     def fit(
-        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], *, seed: int = 0, progress: Progress | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        requests: Sequence[EditRequest],
+        *,
+        seed: int = 0,
+        progress: Progress | None = None,
     ) -> Patch:
         """Fit every request on its own, on the model without any patch. Raises RequestError for what cannot be fitted."""
         self.check(requests)
@@ -151,7 +173,9 @@ class SAKE(Editor[SAKEConfig]):
         [answer] = greedy_answers(model, tokenizer, [prompt])
         if not answer or answer.casefold() == request.target_new.casefold():
             found = f"answers {answer!r} already" if answer else "says nothing"
-            raise RequestError(f"target_true is not given, and to {request.text!r} the model {found}; there is nothing to replace")
+            raise RequestError(
+                f"target_true is not given, and to {request.text!r} the model {found}; there is nothing to replace"
+            )
         return request.model_copy(update={"target_true": answer})
 
 
@@ -165,6 +189,7 @@ class _Fit:
         parts.site(config.layer)  # an unknown layer is refused before any work
         self.head = parts.module(model, parts.head) if parts.head else None
         self.report: dict[str, Any] = {"target_true": request.target_true}
+        self._seen: dict[str, Tensor] = {}  # raw gate features of texts whose states were read
 
     def edit(self) -> Steering:
         """The edit's own part: paraphrases before and after, step by step."""
@@ -177,7 +202,9 @@ class _Fit:
         sources = [*prompts, *(contexts.repeat(p, old) for p in some)]
         targets, kept = self._targets([lambda p, w: contexts.instead(p, old, new, w)], some, answer)
         states = self._states(sources, answer)
-        pooled = self._pooled(states, targets) if self.config.implications == "pooled" else (states[:0, 0], targets[:0, 0])
+        pooled = (
+            self._pooled(states, targets) if self.config.implications == "pooled" else (states[:0, 0], targets[:0, 0])
+        )
         self.report |= {"prompts": len(prompts), "target_contexts_kept": kept}
         return self._part(request.key, prompts, states, targets, answer, pooled, self.report)
 
@@ -237,8 +264,18 @@ class _Fit:
         ends = [len(row) + self.config.token for row in ids]
         places = [list(range(end, end + len(answer))) for end in ends]
         sites = (self.config.layer, "final")
-        found = states_at(self.model, [row + answer[:-1] for row in ids], places, list(dict.fromkeys(sites)))
+        read = self.gate.layers if self.gate.pooling == "last" else ()
+        found = states_at(self.model, [row + answer[:-1] for row in ids], places, list(dict.fromkeys((*sites, *read))))
+        for i, text in enumerate(texts if read else ()):
+            self._seen[text] = torch.cat([found[layer][i][0] for layer in read])
         return torch.stack([torch.stack(found[site]) for site in sites], 2)
+
+    def _points(self, prompts: list[str]) -> Tensor:
+        """(n, k) the gate's points of the prompts: read along with their states where that is possible."""
+        if all(p in self._seen for p in prompts):
+            return self.gate.points(torch.stack([self._seen[p] for p in prompts]))
+        texts = [self._wrap(p) for p in prompts]
+        return self.gate.points(gate_features(self.model, self.tokenizer, texts, self.gate, self.config.token))
 
     def _said(self, states: Tensor, answer: list[int]) -> Tensor:
         """(n,) whether the unedited model, at these states, says the answer token by token."""
@@ -277,7 +314,9 @@ class _Fit:
         source = self._states([contexts.affirmed(old, p) if config.affirm else p for p in prompts], [0])[:, 0]
         target = self._states([contexts.supposed(new, p) for p in prompts], [0])[:, 0]
         shift = targets[:, 0, 0].mean(0) - states[:, 0, 0].mean(0)
-        best = torch.cosine_similarity((target - source)[:, 0], shift[None]).argsort(descending=True)[: config.pooled_implications]
+        best = torch.cosine_similarity((target - source)[:, 0], shift[None]).argsort(descending=True)[
+            : config.pooled_implications
+        ]
         scale = config.noise * (float(states[:, 0, 0].var(0).mean().sqrt()) if config.reg_relative else 1.0)
         generator = torch.Generator().manual_seed(self.seed)
 
@@ -294,7 +333,7 @@ class _Fit:
         pooled: tuple[Tensor, Tensor], note: dict[str, Any],
     ) -> Steering:  # fmt: skip
         """Maps of every step (§15: X_s to X_t), the scope, and what the report says about them."""
-        held = torch.arange(len(states)) % 10 == 9 if len(states) >= 30 else torch.zeros(len(states), dtype=torch.bool)
+        held = (torch.arange(len(states)) % 10 == 9) & (len(states) >= 20)
         maps = [
             self._map(torch.cat([states[~held, t, 0], pooled[0][:, 0] if t == 0 else states[:0, t, 0]]),
                       torch.cat([targets[:, t, 0], pooled[1][:, 0] if t == 0 else targets[:0, t, 0]]))
@@ -303,18 +342,25 @@ class _Fit:
         if self.config.layer == "final":
             moved = torch.stack([step(states[:, t, 0]) for t, step in enumerate(maps)], 1)
             said = self._argmax(moved).eq(torch.tensor(answer)).all(1)
-            note["on_fit_states"], note["converged"] = float(said[~held].double().mean()), bool(said.double().mean() > 0.5)
+            note["on_fit_states"], note["converged"] = (
+                float(said[~held].double().mean()),
+                bool(said.double().mean() > 0.5),
+            )
             if held.any():
                 note["on_held_out_states"] = float(said[held].double().mean())
         if held.any():
             note["held_out_distance"] = float(gaussian_distance(states[held, 0, 0], states[~held, 0, 0]).mean())
         note["rank"] = [step.rank for step in maps]
-        points = self.gate.points(gate_features(self.model, self.tokenizer, [self._wrap(p) for p in prompts], self.gate, self.config.token))
+        points = self._points(prompts)
         centre = self.gate.centre(points)
         radius = self.config.radius if self.config.radius is not None else self.gate.radius
         if radius is None:
-            radius = radius_from_prompts(self.model, self.tokenizer, self.gate, points, centre, self.request, self._wrap)
-            note["radius_from"] = "the edit's own prompts against stock texts (run `errata calibrate` for a calibrated gate)"
+            radius = radius_from_prompts(
+                self.model, self.tokenizer, self.gate, points, centre, self.request, self._wrap
+            )
+            note["radius_from"] = (
+                "the edit's own prompts against stock texts (run `errata calibrate` for a calibrated gate)"
+            )
         return Steering(
             edit=self.request.id, key=key, gate=self.gate, centre=centre, radius=float(radius),
             target_ids=tuple(answer), maps=tuple(maps), site=self.config.layer,

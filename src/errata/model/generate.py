@@ -15,7 +15,9 @@ def cut(text: str) -> str:
     text = text.lstrip(" ")
     for i, character in enumerate(text):
         initial = character == "." and i and text[i - 1].isupper() and (i == 1 or not text[i - 2].isalnum())
-        if character == "\n" or (character in STOPS and not initial and (i + 1 == len(text) or text[i + 1] in " \n\"'")):
+        if character == "\n" or (
+            character in STOPS and not initial and (i + 1 == len(text) or text[i + 1] in " \n\"'")
+        ):
             return text[:i].strip()
     return text.strip()
 

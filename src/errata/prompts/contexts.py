@@ -29,7 +29,27 @@ def _after(opener: str, prompt: str) -> str:
 
 
 PLAIN_WORDS = frozenset(
-    "The A An In At By For From If It Its Of On To With When Where Which Who What How Whose Among Every As Most More One".split()
+    [
+        "The",
+        "A",
+        "An",
+        "In",
+        "At",
+        "By",
+        "For",
+        "From",
+        "If",
+        "It",
+        "Its",
+        "Of",
+        "On",
+        "To",
+        "With",
+        "When",
+        "Where",
+        "Which",
+    ]
+    + ["Who", "What", "How", "Whose", "Among", "Every", "As", "Most", "More", "One"]
 )
 
 

@@ -14,6 +14,7 @@ from errata.model.generate import greedy, says
 from errata.patch import Patch
 from errata.prompts import agentic
 
+Judge = Callable[[Sequence[str]], Sequence[str | None]]
 Source = Callable[[EditRequest], EditRequest]
 
 
@@ -29,7 +30,7 @@ def agentic_source(
     implications: int = 25,
     seed: int = 0,
     rounds: int = 0,
-    judge: Callable[[EditRequest], Callable[[list[str]], list[str | None]]] | None = None,
+    judge: Callable[[EditRequest], Judge] | None = None,
     cache_dir: Path | None = None,
 ) -> Source:
     """A source that asks the endpoint; with `rounds` and a judge, prompts that the edit misses are refined so often.
@@ -45,10 +46,16 @@ def agentic_source(
             "target_new": request.target_new,
         }
         found = agentic.paraphrases(endpoint, **about, n=prompts, seed=seed, cache_dir=cache_dir)
-        follows = agentic.implications(endpoint, **about, n=implications, seed=seed, cache_dir=cache_dir) if implications else []
+        follows = (
+            agentic.implications(endpoint, **about, n=implications, seed=seed, cache_dir=cache_dir)
+            if implications
+            else []
+        )
         filled = _filled(request, [request.text, *found], follows)
         if rounds and judge:
-            found = agentic.refine(endpoint, [request.text, *found], judge(filled), **about, rounds=rounds, seed=seed, cache_dir=cache_dir)
+            found = agentic.refine(
+                endpoint, [request.text, *found], judge(filled), **about, rounds=rounds, seed=seed, cache_dir=cache_dir
+            )
             filled = _filled(request, found, follows)
         return filled
 
@@ -61,11 +68,11 @@ def _filled(request: EditRequest, prompts: Sequence[str], follows: Sequence[str]
     return request.model_copy(update={"fit_prompts": unique, "fit_implications": implications})
 
 
-def misses(model: Any, tokenizer: Any, fit: Callable[[EditRequest], Patch]) -> Callable[[EditRequest], Callable[[list[str]], list[str | None]]]:
+def misses(model: Any, tokenizer: Any, fit: Callable[[EditRequest], Patch]) -> Callable[[EditRequest], Judge]:
     """A judge for `agentic_source`: fits the edit on every other prompt and says why a prompt is missed, by the gate or the map."""
 
-    def judge_for(request: EditRequest) -> Callable[[list[str]], list[str | None]]:
-        def judge(prompts: list[str]) -> list[str | None]:
+    def judge_for(request: EditRequest) -> Judge:
+        def judge(prompts: Sequence[str]) -> list[str | None]:
             half = request.model_copy(update={"fit_prompts": tuple(prompts[::2])})
             patch = fit(half)
             with patch.attach(model, tokenizer) as handle:
@@ -74,9 +81,13 @@ def misses(model: Any, tokenizer: Any, fit: Callable[[EditRequest], Patch]) -> C
             reasons: list[str | None] = []
             for decision, answer in zip(decisions, answers, strict=True):
                 if decision.edit is None:
-                    reasons.append(f"the gate stays closed (distance {decision.distance:.3g}, radius {decision.radius:.3g})")
+                    reasons.append(
+                        f"the gate stays closed (distance {decision.distance:.3g}, radius {decision.radius:.3g})"
+                    )
                 else:
-                    reasons.append(None if says(answer, request.target_new) else f"the edited model answers {answer.strip()!r}")
+                    reasons.append(
+                        None if says(answer, request.target_new) else f"the edited model answers {answer.strip()!r}"
+                    )
             return reasons
 
         return judge

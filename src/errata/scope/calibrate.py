@@ -37,7 +37,7 @@ class Candidate:
     pooling: Pooling = "last"
     distance: Distance = "euclidean"
     projected: bool = False
-    k: int = 256
+    k: int = 128
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Outcome:
 
 def default_candidates(n_layers: int) -> list[Candidate]:
     """Single layers with plain distances, and learned projections of one or many layers, last-token or mean pooled."""
-    some = sorted({round(n_layers * share) for share in (0.5, 0.75)})
+    some = sorted({min(round(n_layers * share), n_layers - 1) for share in (0.5, 0.75)})
     upper = tuple(range(n_layers // 4, n_layers))
     return [
         *(Candidate((layer,), distance=d) for layer in some for d in ("euclidean", "cosine")),
         *(Candidate((layer,), projected=True) for layer in some),
-        Candidate(upper, projected=True),
+        *(Candidate(upper, projected=True, k=k) for k in (64, 128, 256)),
         Candidate(upper, projected=True, distance="cosine"),
         Candidate(upper, pooling="mean", projected=True),
     ]
@@ -73,7 +73,7 @@ def calibrate(
     unrelated: Sequence[str] = (),
     *,
     candidates: Iterable[Candidate] | None = None,
-    target_false_positive_rate: float = 0.002,
+    target_false_positive_rate: float = 0.005,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Outcome]:
@@ -82,7 +82,9 @@ def calibrate(
     Raises RequestError for fewer than 12 examples, or examples without fit or held-out prompts.
     """
     if len(examples) < 12 or any(not e.fit or not e.held_out for e in examples):
-        raise RequestError("calibration needs at least 12 facts, each with prompts to fit and held-out prompts; give more fit_prompts")
+        raise RequestError(
+            "calibration needs at least 12 facts, each with prompts to fit and held-out prompts; give more fit_prompts"
+        )
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
     cut, half = len(order) * 2 // 3, len(order) * 5 // 6
@@ -90,20 +92,29 @@ def calibrate(
     texts = [p for e in examples for p in e.fit] + [p for e in examples for p in e.held_out]
     fit_label = torch.tensor([i for i, e in enumerate(examples) for _ in e.fit])
     held_label = torch.tensor([i for i, e in enumerate(examples) for _ in e.held_out])
-    outcomes, cache = [], {}
-    for candidate in candidates or default_candidates(anatomy(model).n_layers):
-        progress(f"{candidate.pooling} of layers {list(candidate.layers)}, {candidate.distance}, projected: {candidate.projected}")
-        source = (candidate.layers, candidate.pooling)
-        if source not in cache:
-            cache = {source: (features(model, tokenizer, texts, *source), features(model, tokenizer, unrelated, *source, every=True) if unrelated else None)}
-        x, noise = cache[source]
-        fit, held = x[: len(fit_label)], x[len(fit_label) :]
-        gate = Gate(candidate.layers, candidate.pooling, candidate.distance)
-        if candidate.projected:
-            taught = torch.isin(fit_label, torch.tensor(teach))
-            mean, projection = within_class_projection(fit[taught], fit_label[taught], candidate.k)
-            gate = replace(gate, mean=mean.half(), projection=projection.half())
-        outcomes.append(_judge(gate, fit, fit_label, held, held_label, loaded, outside, noise, target_false_positive_rate))
+    tried = list(candidates or default_candidates(anatomy(model).n_layers))
+    outcomes = []
+    for pooling in dict.fromkeys(c.pooling for c in tried):
+        layers = sorted({layer for c in tried if c.pooling == pooling for layer in c.layers})
+        progress(f"reading {len(texts)} prompts, {pooling} states of {len(layers)} layers")
+        everything = features(model, tokenizer, texts, layers, pooling)
+        noise = features(model, tokenizer, unrelated, layers, pooling, every=True) if unrelated else None
+        width = everything.shape[1] // len(layers)
+        for candidate in (c for c in tried if c.pooling == pooling):
+            progress(
+                f"{pooling} of layers {list(candidate.layers)}, {candidate.distance}, projected: {candidate.projected}"
+            )
+            columns = torch.cat([torch.arange(width) + width * layers.index(layer) for layer in candidate.layers])
+            x, quiet = everything[:, columns], noise[:, columns] if noise is not None else None
+            fit, held = x[: len(fit_label)], x[len(fit_label) :]
+            gate = Gate(candidate.layers, candidate.pooling, candidate.distance)
+            if candidate.projected:
+                taught = torch.isin(fit_label, torch.tensor(teach))
+                mean, projection = within_class_projection(fit[taught], fit_label[taught], candidate.k)
+                gate = replace(gate, mean=mean.half(), projection=projection.half())
+            outcomes.append(
+                _judge(gate, fit, fit_label, held, held_label, loaded, outside, quiet, target_false_positive_rate)
+            )
     return sorted(outcomes, key=lambda o: -o.in_scope_rate)
 
 

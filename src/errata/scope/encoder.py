@@ -40,7 +40,9 @@ def load_encoder(name: str) -> Encoder:
         return Encoder(SentenceTransformer(_packaged(name) or name))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"cannot load the sentence encoder {name!r}: {reason}; give a local directory or a name that is reachable") from None
+        raise ConfigError(
+            f"cannot load the sentence encoder {name!r}: {reason}; give a local directory or a name that is reachable"
+        ) from None
 
 
 def _packaged(name: str) -> str | None:

@@ -14,7 +14,14 @@ CHUNK = 512  # texts whose states are held at once
 
 
 def features(
-    model: Any, tokenizer: Any, texts: Sequence[str], layers: Sequence[int], pooling: Pooling, *, token: int = -1, every: bool = False
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    layers: Sequence[int],
+    pooling: Pooling,
+    *,
+    token: int = -1,
+    every: bool = False,
 ) -> Tensor:
     """Raw features (n, len(layers)·d_model), float32, at each text's `token` (from the end); `every`: at all positions of all texts.
 
@@ -34,7 +41,9 @@ def features(
     return torch.cat(rows)
 
 
-def gate_features(model: Any, tokenizer: Any, texts: Sequence[str], gate: Gate, token: int = -1, every: bool = False) -> Tensor:
+def gate_features(
+    model: Any, tokenizer: Any, texts: Sequence[str], gate: Gate, token: int = -1, every: bool = False
+) -> Tensor:
     """Raw features of the texts for this gate, (n, D)."""
     if gate.encoder:
         return load_encoder(gate.encoder).encode(texts)

@@ -122,4 +122,6 @@ def load_gate(path: str | Path) -> Gate:
             header = json.loads((file.metadata() or {})["errata.gate"])
             return Gate.of(header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ConfigError(f"expected a gate file written by `errata calibrate` at {path}, found none that can be read ({error})") from None
+        raise ConfigError(
+            f"expected a gate file written by `errata calibrate` at {path}, found none that can be read ({error})"
+        ) from None

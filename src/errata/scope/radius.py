@@ -14,7 +14,13 @@ from errata.scope.gate import Gate
 
 
 def radius_from_prompts(
-    model: Any, tokenizer: Any, gate: Gate, points: Tensor, centre: Tensor, request: EditRequest, wrap: Callable[[str], str]
+    model: Any,
+    tokenizer: Any,
+    gate: Gate,
+    points: Tensor,
+    centre: Tensor,
+    request: EditRequest,
+    wrap: Callable[[str], str],
 ) -> float:
     """Half-way between the edit's farthest own prompts (95 % quantile) and the nearest text that is not meant.
 
@@ -34,6 +40,10 @@ def others(request: EditRequest) -> list[str]:
     stock: dict[str, Sequence[str]] = json.loads((files("errata.scope") / "stock.json").read_text(encoding="utf-8"))
     texts = list(stock["texts"])
     if request.subject:
-        texts += [request.prompt.replace("{}", name) for name in stock["subjects"] if name.casefold() != request.subject.casefold()]
+        texts += [
+            request.prompt.replace("{}", name)
+            for name in stock["subjects"]
+            if name.casefold() != request.subject.casefold()
+        ]
         texts += [predicate.replace("{}", request.subject) for predicate in stock["predicates"]]
     return texts

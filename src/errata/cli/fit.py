@@ -1,0 +1,246 @@
+"""`errata fit`: requests in, a patch file out; interrupted, it keeps what is done and goes on when repeated."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from errata.cli.common import (
+    INTERRUPTED,
+    DeviceMap,
+    Dtype,
+    Json,
+    Model,
+    Preset,
+    Seed,
+    Settings,
+    Threads,
+    bar,
+    emit,
+    load,
+    notice,
+    out,
+    writable,
+)
+from errata.edit import EditRequest, read_requests
+from errata.errors import BaseMismatchError, ConfigError, EditError, RequestError
+
+RESUME = "resume"  # where a partial patch's report keeps what the patch itself does not say
+KEEP_EVERY = 5  # edits between two writes of the partial patch
+
+
+def fit(
+    requests: Annotated[Path, typer.Argument(help="Edit requests (JSONL or a JSON array; CounterFact records too).")],
+    model: Model,
+    out_path: Annotated[Path, typer.Option("--out", "-o", help="The patch file to write.")],
+    method: Annotated[str, typer.Option("--method", help="`errata methods` lists them.")] = "sake",
+    preset: Preset = None,
+    settings: Settings = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    threads: Threads = None,
+    json_output: Json = False,
+) -> None:
+    """Fit edit requests and write one patch file.
+
+    Finished edits are kept in OUT.partial. After Ctrl-C, or an error in one request, the same command goes on where it
+    stopped, and its patch has the same bytes as one fitted in a single run.
+    """
+    editor = make_editor(method, preset, settings)
+    asked = read_requests(requests)
+    editor.check(asked)
+    partial = writable(out_path).with_name(out_path.name + ".partial")
+    loaded, tokenizer = load(model, dtype, device_map, threads)
+    started = time.perf_counter()
+    done = resumed(editor, loaded, tokenizer, asked, seed, partial)
+    if done:
+        notice(f"going on after {len(done)} of {len(asked)} edits kept in {partial}")
+    try:
+        with bar(f"fitting with {method}", len(asked)) as progress:
+            patch = fit_resumably(editor, loaded, tokenizer, asked, seed, partial, done, progress)
+    except KeyboardInterrupt:
+        kept = f"finished edits are kept in {partial}" if partial.exists() else "no edit was finished yet"
+        notice(f"interrupted; {kept}; give the same command again to go on")
+        raise typer.Exit(INTERRUPTED) from None
+    except EditError:
+        if partial.exists():
+            notice(
+                f"finished edits are kept in {partial}; correct the request, which stands next, and repeat the command"
+            )
+        raise
+    patch.save(out_path)
+    partial.unlink(missing_ok=True)
+    _report(patch, out_path, model, seed, len(done) if done else 0, time.perf_counter() - started, json_output)
+
+
+def _report(patch: Any, path: Path, model: str, seed: int, before: int, seconds: float, json_output: bool) -> None:
+    unconverged = [i for i in patch.ids if not patch.report[i].get("converged", True)]
+    bare = sum("lead-ins" in str(patch.report[i].get("prompts_from", "")) for i in patch.ids)
+    if bare:
+        notice(
+            f"{bare} requests have no fit_prompts and were fitted on lead-ins over the bare prompt; phrasings do better"
+        )
+    if unconverged:
+        names = ", ".join(unconverged[:5]) + (", ..." if len(unconverged) > 5 else "")
+        notice(
+            f"warning: {len(unconverged)} of {len(patch)} edits did not converge ({names}); `errata verify` tells more"
+        )
+    fitted = len(patch) - before
+    value = {
+        "out": str(path),
+        "patch": patch.id,
+        "model": model,
+        "method": patch.method,
+        "config": patch.config,
+        "seed": seed,
+        "n_edits": len(patch),
+        "n_resumed": before,
+        "unconverged": unconverged,
+        "bytes": path.stat().st_size,
+        "seconds": round(seconds, 3),
+        "seconds_fit_per_edit": round(seconds / fitted, 4) if fitted else None,
+    }
+    if json_output:
+        emit(value)
+        return
+    pace = f", {seconds / fitted:.2f} s each" if fitted else ""
+    text = f"{len(patch)} edits fitted with {patch.method}{pace}; {path} ({value['bytes']:,} bytes)"
+    out().print(text, markup=False, soft_wrap=True)
+
+
+# -- editors and their settings ------------------------------------------------------------------------------------------
+
+
+def make_editor(method: str, preset: str | None, settings: Sequence[str] | None) -> Any:
+    """The editor of a method, with a preset and `NAME=VALUE` settings. Raises ConfigError, UnknownEditorError."""
+    from errata.editors import get_editor
+
+    editor = get_editor(method)
+    changes = _changes(editor.Config, settings or ())
+    return editor.preset(preset, **changes) if preset else editor(**changes)
+
+
+def _changes(config: type[Any], settings: Sequence[str]) -> dict[str, Any]:
+    hints = get_type_hints(config)
+    changes = {}
+    for pair in settings:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"expected --set NAME=VALUE, found {pair!r}")
+        changes[name.strip()] = (
+            _value(name.strip(), text.strip(), hints[name.strip()]) if name.strip() in hints else text
+        )
+    return changes
+
+
+def _value(name: str, text: str, hint: Any) -> Any:
+    """The text as a value of the field's type: as JSON where that fits (3, 0.5, true, null), else as it stands."""
+    from pydantic import TypeAdapter, ValidationError
+
+    kind = TypeAdapter(hint)
+    spelled = {"none": "null", "true": "true", "false": "false"}.get(text.lower(), text)
+    for read, given in ((kind.validate_json, spelled), (kind.validate_python, text)):
+        try:
+            return read(given, strict=True)
+        except ValidationError:
+            continue
+    wanted = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint).replace("typing.", "")
+    raise ConfigError(f"expected {name} to be of type {wanted}, found {text!r}")
+
+
+# -- fitting one by one --------------------------------------------------------------------------------------------------
+
+
+def fit_resumably(
+    editor: Any,
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    seed: int,
+    partial: Path,
+    done: Any = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Any:
+    """Fit what `done` (a patch of the first requests, or None) lacks, edit by edit; joined patches equal one fit of all.
+
+    Every few edits the finished ones go to `partial`, and at once if anything stops the work.
+    """
+    patch, kept, cost, last = done, len(done or ()), 0.0, time.perf_counter()
+    progress(kept)
+    gates = {part.gate.digest: part.gate for part in done.parts} if done else {}
+    try:
+        for number, request in enumerate(requests[kept:], kept + 1):
+            one = editor.fit(model, tokenizer, [request], seed=seed)
+            # equal gates as one object: a thousand copies of a projection would fill the memory
+            parts = tuple(replace(part, gate=gates.setdefault(part.gate.digest, part.gate)) for part in one.parts)
+            one = replace(one, parts=parts)
+            patch = one if patch is None else patch + one
+            progress(number)
+            began = time.perf_counter()
+            if number - kept >= KEEP_EVERY and began - last >= 10 * cost:  # writing never takes a tenth of the time
+                _keep(patch, seed, partial)
+                kept, last = number, time.perf_counter()
+                cost = last - began
+    except BaseException:
+        if len(patch or ()) > kept:
+            _keep(patch, seed, partial)
+        raise
+    return patch
+
+
+def _keep(patch: Any, seed: int, partial: Path) -> None:
+    replace(patch, report=patch.report | {RESUME: {"seed": seed}}).save(partial)
+
+
+def resumed(editor: Any, model: Any, tokenizer: Any, requests: Sequence[EditRequest], seed: int, partial: Path) -> Any:
+    """The patch of the edits that an earlier run finished, or None. Raises ConfigError if that was another fit."""
+    from errata.model.fingerprint import check_base
+    from errata.patch import load_patch
+
+    if not partial.exists():
+        return None
+    patch = load_patch(partial)
+    config = json.loads(json.dumps(asdict(editor.config)))
+    begun = {
+        "method": patch.method == editor.method,
+        "configuration": patch.config == config,
+        "seed": patch.report.get(RESUME) == {"seed": seed},
+        "requests": len(patch) <= len(requests)
+        and all(same_edit(asked, kept) for asked, kept in zip(requests, patch.requests, strict=False)),
+    }
+    try:
+        check_base(patch.base, model, tokenizer)
+    except BaseMismatchError:
+        begun = {"model": False} | begun
+    if other := [name for name, same in begun.items() if not same]:
+        raise ConfigError(
+            f"{partial} was begun with another {other[0]}; give the command that it was begun with to go on, "
+            "or delete it to begin anew"
+        )
+    return replace(patch, report={k: v for k, v in patch.report.items() if k != RESUME})
+
+
+def same_edit(asked: EditRequest, fitted: EditRequest) -> bool:
+    """Whether a patch's request is what was asked for, when a fit may have filled in the model's own old answer."""
+    if asked.target_true is None:
+        fitted = fitted.model_copy(update={"target_true": None})
+    return asked.id == fitted.id
+
+
+def with_judges(fitted: Sequence[EditRequest], judges: Sequence[EditRequest]) -> list[EditRequest]:
+    """A patch's requests with the probes that another file holds for them. Raises RequestError if it lacks one."""
+    found = []
+    for request in fitted:
+        judge = next((j for j in judges if same_edit(j, request)), None)
+        if judge is None:
+            raise RequestError(
+                f"the requests file has no row for the patch's edit {request.id} ({request.text!r}); add it"
+            )
+        probes = {name: getattr(judge, name) for name in ("paraphrase_prompts", "neighborhood_prompts")}
+        found.append(request.model_copy(update=probes))
+    return found

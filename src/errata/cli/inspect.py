@@ -1,0 +1,195 @@
+"""`errata ask`, `show`, `methods` and `updates`: looking at answers, patches and what there is."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from errata.cli.common import DeviceMap, Dtype, Json, Model, Threads, emit, err, load, notice, out, row, table
+from errata.errors import EditError
+
+ANSWER_TOKENS = 16
+
+
+def ask(
+    prompt: Annotated[str, typer.Argument(help='A prompt to be completed, such as "The Space Needle is in".')],
+    model: Model,
+    patch: Annotated[list[Path] | None, typer.Option("--patch", "-p", help="A patch to attach; repeatable.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Generate so many tokens and show them all (default: the answer only).")
+    ] = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    threads: Threads = None,
+    json_output: Json = False,
+) -> None:
+    """Ask a model, greedily; with patches, tell which edit the gate chose and how far the prompt was from it."""
+    from errata.model.generate import cut, greedy
+    from errata.patch import load_patch
+
+    if not prompt.strip():
+        raise EditError("the prompt is empty; give a text to be completed")
+    patches = [load_patch(path) for path in patch or ()]
+    loaded, tokenizer = load(model, dtype, device_map, threads)
+    length = max_new_tokens or ANSWER_TOKENS
+    [unedited] = greedy(loaded, tokenizer, [prompt], length)
+    text, decision, conflicts = unedited, None, []
+    with ExitStack() as stack:
+        handles = [stack.enter_context(p.attach(loaded, tokenizer)) for p in patches]
+        if handles:
+            [text] = greedy(loaded, tokenizer, [prompt], length)
+            decision = _decision(patches, handles[-1].decide([prompt])[0])
+            conflicts = sorted({pair for handle in handles for pair in handle.conflicts})
+    for later, earlier in conflicts:
+        notice(f"edit {later} overrides edit {earlier}: they are about the same subject and relation")
+    value = {
+        "model": model,
+        "patches": [str(p) for p in patch or ()],
+        "prompt": prompt,
+        "answer": cut(text),
+        "text": text,
+        "unedited_answer": cut(unedited),
+        "decision": decision,
+        "conflicts": [list(pair) for pair in conflicts],
+    }
+    if json_output:
+        emit(value)
+        return
+    out().print(text.strip() if max_new_tokens else cut(text), markup=False, soft_wrap=True)
+    if decision:
+        err().print(_words(decision), markup=False, soft_wrap=True, style="dim")
+
+
+def _decision(patches: Sequence[Any], decision: Any) -> dict[str, Any]:
+    """What the gate decided at the prompt's last token. distance and radius in the gate's unit."""
+    known = {request.id: request for p in patches for request in p.requests}
+    nearest = known.get(decision.nearest)
+    return {
+        "in_scope": decision.edit is not None,
+        "edit": decision.edit,
+        "nearest": decision.nearest,
+        "nearest_prompt": nearest.text if nearest else None,
+        "nearest_target_new": nearest.target_new if nearest else None,
+        "distance": decision.distance,
+        "radius": decision.radius,
+    }
+
+
+def _words(d: dict[str, Any]) -> str:
+    about = f"edit {d['nearest']} ({d['nearest_prompt']} -> {d['nearest_target_new']})"
+    far = f"at distance {d['distance']:.3g}, radius {d['radius']:.3g}"
+    return f"{about} applies: {far}" if d["in_scope"] else f"no edit applies; the nearest is {about}, {far}"
+
+
+def show(
+    patch: Annotated[Path, typer.Argument(help="A patch file.")],
+    json_output: Json = False,
+) -> None:
+    """List the edits of a patch file."""
+    from errata.patch import FORMAT_VERSION, load_patch
+
+    loaded = load_patch(patch)
+    edits = [_edit(loaded, request) for request in loaded.requests]
+    value = {
+        "file": str(patch),
+        "patch": loaded.id,
+        "format": "errata.patch",
+        "format_version": FORMAT_VERSION,
+        "method": loaded.method,
+        "config": loaded.config,
+        "base": loaded.base,
+        "bytes": patch.stat().st_size,
+        "n_edits": len(loaded),
+        "edits": edits,
+    }
+    if json_output:
+        emit(value)
+        return
+    numbers = ("steps", "rank", "bytes", "radius", "follows")
+    made = table(None, "id", "subject", "prompt", "old -> new", *numbers[:3], "converged", *numbers[3:], right=numbers)
+    for e in edits:
+        change, rank = f"{e['target_true']} -> {e['target_new']}", ", ".join(map(str, e["rank"]))
+        converged = {True: "yes", False: "NO", None: "-"}[e["converged"]]
+        size, radius, follows = f"{e['bytes']:,}", f"{e['radius']:.3g}", e["n_implications"] or ""
+        row(made, e["id"], e["subject"], e["prompt"], change, e["steps"], rank, size, converged, radius, follows)
+    out().print(made)
+    base = loaded.base
+    sizes = ", ".join(
+        f"{name} {base[name]}" for name in ("family", "d_model", "n_layers", "vocab_size") if name in base
+    )
+    text = (
+        f"{len(loaded)} edits by {loaded.method}; patch {loaded.id}, format {FORMAT_VERSION}, {value['bytes']:,} bytes"
+    )
+    out().print(f"{text}\nfitted on {sizes}", markup=False, soft_wrap=True)
+
+
+def _edit(patch: Any, request: Any) -> dict[str, Any]:
+    """One edit's line: its own part first, its implications after it. bytes: without the gate that edits share."""
+    parts = [part for part in patch.parts if part.edit == request.id]
+    size = sum(t.numel() * t.element_size() for part in parts for t in part.tensors().values())
+    return {
+        "id": request.id,
+        "subject": request.subject,
+        "relation": request.relation,
+        "prompt": request.text,
+        "target_true": request.target_true,
+        "target_new": request.target_new,
+        "steps": len(parts[0].maps),
+        "rank": [m.rank for m in parts[0].maps],
+        "bytes": size,
+        "converged": patch.report.get(request.id, {}).get("converged"),
+        "radius": parts[0].radius,
+        "n_implications": len(parts) - 1,
+        "report": patch.report.get(request.id, {}),
+    }
+
+
+def methods(json_output: Json = False) -> None:
+    """List the editing methods, their presets and options."""
+    from errata.editors import available_editors, get_editor
+
+    found: list[dict[str, Any]] = []
+    for name, module in sorted(available_editors().items()):
+        editor = get_editor(name)
+        options = {f.name: None if f.default is MISSING else f.default for f in fields(editor.Config)}
+        found.append(
+            {
+                "method": name,
+                "summary": editor.summary,
+                "module": module,
+                "needs_subject": editor.needs_subject,
+                "presets": {preset: dict(changes) for preset, changes in sorted(editor.presets.items())},
+                "options": options,
+            }
+        )
+    if json_output:
+        emit({"methods": found})
+        return
+    made = table(None, "method", "what it is", "presets", "options (--set NAME=VALUE)")
+    for m in found:
+        settings = ", ".join(f"{name}={value}" for name, value in m["options"].items())
+        row(made, m["method"], m["summary"], "\n".join(m["presets"]), settings)
+    out().print(made)
+
+
+def updates(
+    out_path: Annotated[Path | None, typer.Option("--out", "-o", help="Write the file here.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Print where the shipped updates are (real changes since 1 January 2016, as edit requests), or write them to a file."""
+    from errata.atlas.world import DATA, read_json
+    from errata.files import write_atomically
+
+    source = DATA / "updates.jsonl"
+    data = source.read_bytes()
+    if out_path:
+        write_atomically(out_path, data)
+    path = str(out_path or source)
+    about = read_json("updates.about.json")
+    if json_output:
+        emit({"path": path, "n": len(data.splitlines()), "as_of": about.get("as_of"), "about": about})
+        return
+    typer.echo(path)
