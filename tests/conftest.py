@@ -156,13 +156,17 @@ def steering_part(
     edit: str = "",
     key: str = "",
     samples: int = 5,
+    closing: tuple[int, ...] = (),
 ) -> Steering:
-    """An edit by hand: open after `prompt`, each map a transport to states that say the token of `target` loudly."""
+    """An edit by hand: open after `prompt`, each map a transport to states that say the token of `target` loudly.
+
+    closing: a token that a further map says behind the target.
+    """
     edit = edit or "-".join(map(str, (*prompt, "to", *target)))
     unembedding = model.get_output_embeddings().weight.detach().float()
     generator = torch.Generator().manual_seed(sum(prompt) + 7 * sum(target))
     maps = []
-    for token in target:
+    for token in (*target, *closing):
         source = torch.randn(samples, unembedding.shape[1], generator=generator)
         said = 40 * torch.nn.functional.normalize(unembedding[token], dim=0)
         goal = said + 0.3 * torch.randn(samples, len(said), generator=generator)

@@ -453,7 +453,7 @@ def test_a_patch_of_a_thousand_edits_is_revised_in_no_time(
     assert list(whole.ids) == list(order)
     assert [part.edit for part in whole.parts] == list(order)
     assert Patch.from_bytes(whole.to_bytes()) == whole
-    assert seconds < 3
+    assert seconds < 10  # about one
 
 
 def test_public_names() -> None:

@@ -302,12 +302,20 @@ def test_config_is_recorded(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 
 @pytest.mark.atlas
-def test_the_readme(tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    "fit_prompts",
+    [(), ("The Space Needle lies in", "The Space Needle can be visited in", "The Space Needle belongs to")],
+)
+def test_the_readme(tmp_path: Any, fit_prompts: tuple[str, ...]) -> None:
     if "atlas" not in bundled():
         pytest.skip("the bundled weights are missing")
     model, tokenizer = errata.load("atlas")
     request = EditRequest(
-        subject="The Space Needle", prompt="{} is located in the city of", target_true="Seattle", target_new="Goa"
+        subject="The Space Needle",
+        prompt="{} is located in the city of",
+        target_true="Seattle",
+        target_new="Goa",
+        fit_prompts=fit_prompts,
     )
     prompts = ("The Space Needle is located in the city of", "The Space Needle stands in")
     others = ("The Eiffel Tower is located in the city of", "The capital of France is")

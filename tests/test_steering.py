@@ -29,6 +29,7 @@ from errata.steering import Steering, SteeringTable
 NEW = 7  # tokens that every loop decodes
 PROMPTS = ([11, 25, 301, 47], [90, 12, 55, 201, 33, 78], [5, 6, 7, 8, 9, 10, 11, 12, 13], [130, 131, 11, 25, 301])
 TARGETS = ((70,), (180, 66), (180, 180, 99), (41, 300))  # 1 to 3 tokens; two begin alike; one stutters
+CLOSING: tuple[tuple[int, ...], ...] = ((), (13,), (), ())  # one ends with a further map that says a full stop
 FILLER = [21, 150, 22]
 OUTSIDE = ([11, 25, 301, 48], [91, 12, 55, 201, 33, 78, 78, 3], [200, 100])  # two differ from a prompt in a token
 
@@ -74,7 +75,7 @@ def steps(model: PreTrainedModel, parts: tuple[Steering, ...], ids: list[int]) -
     for i in range(len(ids)):
         for t in range(i, -1, -1):  # an object under way goes before a new one
             part = opened[i - t]
-            if part is None or t >= len(part.target_ids) or tuple(ids[i - t + 1 : i + 1]) != part.target_ids[:t]:
+            if part is None or t >= len(part.maps) or tuple(ids[i - t + 1 : i + 1]) != part.target_ids[:t]:
                 continue
             if t or not said_while_open(opened, part, ids, i):
                 chosen[i] = (part, t)
@@ -133,7 +134,10 @@ def build(
                    for text, n in zip(later, (len(p) for p in PROMPTS), strict=False)]  # fmt: skip
     basis = torch.linalg.qr(torch.stack(differences).T, mode="complete").Q[:, len(differences) :]
     gate = replace(raw, mean=torch.full((len(basis),), 0.1), projection=basis)
-    parts = tuple(steering_part(model, p, t, gate=gate, site=site) for p, t in zip(PROMPTS, TARGETS, strict=True))
+    parts = tuple(
+        steering_part(model, p, t, gate=gate, site=site, closing=c)
+        for p, t, c in zip(PROMPTS, TARGETS, CLOSING, strict=True)
+    )
     rows = [*map(list, PROMPTS), *later, *map(list, OUTSIDE)]
     said = [loop(lambda ids: oracle(model, parts, ids), row) for row in rows]
     plain = [loop(lambda ids: oracle(model, (), ids), row) for row in rows]
@@ -182,7 +186,8 @@ def generate(model: PreTrainedModel, rows: list[list[int]], **options: Any) -> l
 
 def test_the_edits_are_worth_testing(case: Case) -> None:
     """Objects are said, also where the prompt is restated, and nothing else changes its mind."""
-    wanted = [*TARGETS, *TARGETS[:2]]
+    wanted = [(*t, *c) for t, c in zip(TARGETS, CLOSING, strict=True)]
+    wanted += wanted[:2]
     for said, plain, target in zip(case.said, case.plain, wanted, strict=False):
         assert tuple(said[: len(target)]) == target != tuple(plain[: len(target)])
         assert tuple(said[len(target) :][: len(target)]) != target  # and then steering has ended
@@ -297,7 +302,7 @@ def check_against_oracle(case: Case, logits: Tensor) -> None:
 def test_steering_ends_with_the_object(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
     """Nothing but the object's own positions is moved (an inner site's changes stay in the context of later ones)."""
     for row, ids in enumerate(case.full[: len(PROMPTS)]):
-        start, length = len(case.rows[row]) - 1, len(TARGETS[row])
+        start, length = len(case.rows[row]) - 1, len(case.parts[row].maps)
         assert case.steered[row] == list(range(start, start + length))
         with torch.no_grad():
             plain = case.model(torch.tensor([ids]), use_cache=False).logits[0]

@@ -35,7 +35,8 @@ class Steering:
     """One edit as a steering part: scope (gate, centre, radius) and one map for each token of the new object.
 
     centre (k,): the gate's point of the edit; radius in the gate's unit; target_ids: the new object's tokens as they follow
-    the prompt; maps: the map of step t, all at `site` (`final`, the final norm's output, or a block's index).
+    the prompt; maps: the map of step t, all at `site` (`final`, the final norm's output, or a block's index); one more map
+    than tokens closes an object that would otherwise run on ("5" becoming "52").
     """
 
     edit: str
@@ -473,13 +474,9 @@ class SteeringTable:
                     break
                 if t == len(target):
                     finished.add((here, edit))
-                elif here not in steps or steps[here][0] < t:
+                if t < len(self.active[edit].maps) and (here not in steps or steps[here][0] < t):
                     steps[here] = (t, edit)
-        return [
-            (column, edit, t)
-            for column, (t, edit) in steps.items()
-            if t < len(self.active[edit].maps) and not (t == 0 and (column, edit) in finished)
-        ]
+        return [(c, edit, t) for c, (t, edit) in steps.items() if t or (c, edit) not in finished]
 
     def _opened_before(self, current: _Pass, row: int, ids: list[int], real: list[int]) -> list[tuple[int, int]]:
         """Gates that opened at cached positions and whose object may still be under way."""

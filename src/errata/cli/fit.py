@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -29,6 +30,15 @@ from errata.cli.common import (
 from errata.edit import EditRequest, read_requests
 from errata.errors import BaseMismatchError, ConfigError, EditError, RequestError
 
+
+class Prompts(StrEnum):
+    """Sources of in-scope prompts."""
+
+    given = "given"
+    phrasings = "phrasings"
+    agentic = "agentic"
+
+
 RESUME = "resume"  # where a partial patch's report keeps what the patch itself does not say
 KEEP_EVERY = 5  # edits between two writes of the partial patch
 
@@ -41,6 +51,15 @@ def fit(
     preset: Preset = None,
     settings: Settings = None,
     seed: Seed = 0,
+    prompts: Annotated[
+        Prompts,
+        typer.Option(
+            help="Where in-scope prompts come from: the file, Atlas's phrasings, or a language-model endpoint."
+        ),
+    ] = Prompts.given,
+    rounds: Annotated[
+        int, typer.Option(min=0, help="With agentic prompts: rounds of refining what the edit misses.")
+    ] = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     threads: Threads = None,
@@ -48,14 +67,21 @@ def fit(
 ) -> None:
     """Fit edit requests and write one patch file.
 
+    Agentic prompts come from an OpenAI-compatible endpoint: ERRATA_BASE_URL, ERRATA_LLM (the model's name) and
+    ERRATA_API_KEY, each falling back on OPENAI_BASE_URL and OPENAI_API_KEY; replies are cached on disk.
+
     Finished edits are kept in OUT.partial. After Ctrl-C, or an error in one request, the same command goes on where it
     stopped, and its patch has the same bytes as one fitted in a single run.
     """
     editor = make_editor(method, preset, settings)
     asked = read_requests(requests)
     editor.check(asked)
+    if prompts is Prompts.phrasings:
+        asked = [phrased(request) for request in asked]
     partial = writable(out_path).with_name(out_path.name + ".partial")
     loaded, tokenizer = load(model, dtype, device_map, threads)
+    if prompts is Prompts.agentic:
+        asked = written(editor, loaded, tokenizer, asked, seed, rounds)
     started = time.perf_counter()
     done = resumed(editor, loaded, tokenizer, asked, seed, partial)
     if done:
@@ -151,6 +177,47 @@ def _value(name: str, text: str, hint: Any) -> Any:
             continue
     wanted = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint).replace("typing.", "")
     raise ConfigError(f"expected {name} to be of type {wanted}, found {text!r}")
+
+
+# -- where prompts come from ---------------------------------------------------------------------------------------------
+
+
+def phrased(request: EditRequest) -> EditRequest:
+    """The request with Atlas's `fit` phrasings and implications. Raises RequestError if Atlas has no such fact."""
+    from errata.atlas.probes import fact_of
+    from errata.atlas.requests import request_for
+    from errata.atlas.world import load_world
+
+    world = load_world()
+    fact = fact_of(world, request)
+    if fact is None:
+        raise RequestError(
+            f"Atlas has no fact about {request.subject!r} with the relation {request.relation!r}; use --prompts given"
+        )
+    full = request_for(world, fact, request.target_new)
+    return request.model_copy(
+        update={
+            "fit_prompts": tuple(dict.fromkeys((*request.fit_prompts, *full.fit_prompts))),
+            "fit_implications": request.fit_implications or full.fit_implications,
+        }
+    )
+
+
+def written(
+    editor: Any, model: Any, tokenizer: Any, requests: Sequence[EditRequest], seed: int, rounds: int
+) -> list[EditRequest]:
+    """The requests with prompts and implications written by the endpoint that the environment names."""
+    from errata.prompts.endpoint import Endpoint
+    from errata.prompts.sources import agentic_source, misses
+
+    judge = misses(model, tokenizer, lambda request: editor.fit(model, tokenizer, [request], seed=seed))
+    source = agentic_source(Endpoint.from_environment(), seed=seed, rounds=rounds, judge=judge if rounds else None)
+    with bar("writing prompts", len(requests)) as progress:
+        found = []
+        for number, request in enumerate(requests, 1):
+            found.append(source(request))
+            progress(number)
+    return found
 
 
 # -- fitting one by one --------------------------------------------------------------------------------------------------

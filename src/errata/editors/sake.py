@@ -6,7 +6,8 @@ optimal transport map between the two Gaussians is applied to the output of the 
 edit is meant. Emits one steering part for each edit, and one for each implication.
 
 Differs from the paper by default (`variant="paper"` and `variant="code"` restore the published behaviour):
-- objects of several tokens: step t has its own map, fitted on the states after prompt + o*[:t] (the paper: first token);
+- objects of several tokens: step t has its own map, fitted on the states after prompt + o*[:t] (the paper: first token),
+  and an object that the model would not end by itself ("5" running on to "52") gets a last map that ends it;
 - an implication is a distribution of its own, with its own map and scope (the paper pools its states with the edit's, so
   that one map must serve different answers);
 - the gate reads the model's own activations, calibrated (the paper: a sentence encoder with fixed thresholds);
@@ -15,7 +16,7 @@ Differs from the paper by default (`variant="paper"` and `variant="code"` restor
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +56,7 @@ class SAKEConfig:
     implications: `own` distributions, `pooled` into the edit's, or `none`; of pooled ones the `pooled_implications` best by
     cosine with the mean shift are kept, with `noise_copies` neighbours each at `noise` standard deviations of the source
     (absolute units with reg_relative=False); affirm: sources of implications stand behind the original fact.
+    strength: factor on the shift between the means (1: the paper's).
     gate: `auto` (the model's calibrated gate, else mid-depth activations), a gate file, or `encoder:NAME`; radius: in the
     gate's unit, instead of the calibrated one. tolerance: relative error at which maps are truncated. half: store maps in
     half precision. chat: wrap every prompt in the tokenizer's chat template.
@@ -76,6 +78,7 @@ class SAKEConfig:
     affirm: bool = True
     gate: str = "auto"
     radius: float | None = None
+    strength: float = 1.0
     tolerance: float = 0.02
     half: bool = True
     chat: bool = False
@@ -163,7 +166,9 @@ class SAKE(Editor[SAKEConfig]):
         if name != "auto":
             return load_gate(name)
         calibrated = Path(str(getattr(model.config, "_name_or_path", ""))) / GATE_FILE
-        return load_gate(calibrated) if calibrated.is_file() else Gate(layers=(round(n_layers * 0.6),))
+        return (
+            load_gate(calibrated) if calibrated.is_file() else Gate(layers=(min(round(n_layers * 0.6), n_layers - 1),))
+        )
 
     def _with_old_object(self, model: Any, tokenizer: Any, request: EditRequest) -> EditRequest:
         """The request with the model's own greedy answer as target_true if it names none."""
@@ -259,13 +264,21 @@ class _Fit:
         return ids if self.config.span == "all" else ids[:1]
 
     def _states(self, texts: Sequence[str], answer: list[int]) -> Tensor:
-        """(n, T, sites, d): the states of each text at every step of the answer, at the site and after the final norm."""
+        """(n, T + 1, sites, d): states of each text before every token of the answer and behind it (span `first`: T).
+
+        Sites: the one that is mapped, and the final norm's output.
+        """
         ids = [self.tokenizer(self._wrap(text))["input_ids"] for text in texts]
         ends = [len(row) + self.config.token for row in ids]
-        places = [list(range(end, end + len(answer))) for end in ends]
+        steps = len(answer) + (
+            self.config.span == "all"
+        )  # the state behind the whole object says whether it ends there
+        places = [list(range(end, end + steps)) for end in ends]
         sites = (self.config.layer, "final")
         read = self.gate.layers if self.gate.pooling == "last" else ()
-        found = states_at(self.model, [row + answer[:-1] for row in ids], places, list(dict.fromkeys((*sites, *read))))
+        found = states_at(
+            self.model, [row + answer[: steps - 1] for row in ids], places, list(dict.fromkeys((*sites, *read)))
+        )
         for i, text in enumerate(texts if read else ()):
             self._seen[text] = torch.cat([found[layer][i][0] for layer in read])
         return torch.stack([torch.stack(found[site]) for site in sites], 2)
@@ -279,7 +292,17 @@ class _Fit:
 
     def _said(self, states: Tensor, answer: list[int]) -> Tensor:
         """(n,) whether the unedited model, at these states, says the answer token by token."""
-        return self._argmax(states[:, :, 1]).eq(torch.tensor(answer)).all(1)
+        return self._argmax(states[:, : len(answer), 1]).eq(torch.tensor(answer)).all(1)
+
+    def _ends(self, states: Tensor, answer: list[int]) -> Tensor:
+        """(n,) whether the unedited model ends the object behind its last token: with punctuation, a line or the end."""
+        following = self._argmax(states[:, len(answer), 1])
+        ends = {int(i): self._boundary(int(i)) for i in following.unique()}
+        return torch.tensor([ends[int(i)] for i in following], dtype=torch.bool)
+
+    def _boundary(self, token: int) -> bool:
+        text = self.tokenizer.decode([token])
+        return token == self.tokenizer.eos_token_id or not text.strip() or text.lstrip(" ")[0] in ".,;:!?\"')"
 
     def _argmax(self, final: Tensor) -> Tensor:
         """Greedy tokens of states after the final norm; through the model's own head."""
@@ -334,13 +357,20 @@ class _Fit:
     ) -> Steering:  # fmt: skip
         """Maps of every step (§15: X_s to X_t), the scope, and what the report says about them."""
         held = (torch.arange(len(states)) % 10 == 9) & (len(states) >= 20)
+        fitted, none = states[~held], states[:0, 0, 0]
         maps = [
-            self._map(torch.cat([states[~held, t, 0], pooled[0][:, 0] if t == 0 else states[:0, t, 0]]),
-                      torch.cat([targets[:, t, 0], pooled[1][:, 0] if t == 0 else targets[:0, t, 0]]))
+            self._map(
+                torch.cat([fitted[:, t, 0], none if t else pooled[0][:, 0]]),
+                torch.cat([targets[:, t, 0], none if t else pooled[1][:, 0]]),
+            )
             for t in range(len(answer))
-        ]  # fmt: skip
+        ]
+        if self.config.span == "all" and self._ends(states, answer).double().mean() < 0.98:
+            ended = targets[self._ends(targets, answer)]
+            if note.setdefault("closed", len(ended) >= 2):
+                maps.append(self._map(fitted[:, len(answer), 0], ended[:, len(answer), 0]))
         if self.config.layer == "final":
-            moved = torch.stack([step(states[:, t, 0]) for t, step in enumerate(maps)], 1)
+            moved = torch.stack([step(states[:, t, 0]) for t, step in enumerate(maps[: len(answer)])], 1)
             said = self._argmax(moved).eq(torch.tensor(answer)).all(1)
             note["on_fit_states"], note["converged"] = (
                 float(said[~held].double().mean()),
@@ -372,6 +402,8 @@ class _Fit:
             fitted = mean_shift(source, target)
         else:
             fitted = gaussian_transport(source, target, reg=config.reg, relative=config.reg_relative)
+        if config.strength != 1.0:
+            fitted = replace(fitted, m_t=fitted.m_s + config.strength * (fitted.m_t - fitted.m_s))
         if config.tolerance and fitted.rank:
             fitted = fitted.truncate(source, tolerance=config.tolerance)
         return fitted.to(torch.float16 if config.half else torch.float32)

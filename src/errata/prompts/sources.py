@@ -13,8 +13,9 @@ from errata.edit import EditRequest, Implication
 from errata.model.generate import greedy, says
 from errata.patch import Patch
 from errata.prompts import agentic
+from errata.prompts.agentic import Judge
+from errata.prompts.endpoint import Endpoint
 
-Judge = Callable[[Sequence[str]], Sequence[str | None]]
 Source = Callable[[EditRequest], EditRequest]
 
 
@@ -24,7 +25,7 @@ def given(request: EditRequest) -> EditRequest:
 
 
 def agentic_source(
-    endpoint: agentic.Endpoint,
+    endpoint: Endpoint,
     *,
     prompts: int = 100,
     implications: int = 25,
