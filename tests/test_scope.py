@@ -238,7 +238,7 @@ def test_calibrate_keeps_its_word_about_false_positives(
         nearest = gate.distances(negatives, centres).min(1).values
         hits = float((nearest <= gate.radius).double().mean())
         assert outcome.false_positive_rate == pytest.approx(hits)
-        assert rate - 1 / 12 <= hits <= rate + 1 / 12  # twelve prompts: steps of a twelfth
+        assert hits <= rate  # never more than was asked for
         own = [
             (gate.distances(points(model, tokenizer, gate, examples[i].held_out), centres), at)
             for at, i in enumerate(loaded)

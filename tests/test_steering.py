@@ -24,7 +24,8 @@ from errata.model.states import states_at
 from errata.model.tokens import pad
 from errata.patch import Handle, Patch
 from errata.scope.gate import Gate, Pooling
-from errata.steering import Steering, SteeringTable
+from errata.steering import Steering
+from errata.steering_table import SteeringTable
 
 NEW = 7  # tokens that every loop decodes
 PROMPTS = ([11, 25, 301, 47], [90, 12, 55, 201, 33, 78], [5, 6, 7, 8, 9, 10, 11, 12, 13], [130, 131, 11, 25, 301])

@@ -13,7 +13,7 @@ from errata.edit import EditRequest
 from errata.errors import ConfigError, RequestError
 from errata.model.states import evaluating
 from errata.patch import Patch
-from errata.steering import without_patches
+from errata.steering_table import without_patches
 
 C = TypeVar("C")
 Progress = Callable[[int, int], None]

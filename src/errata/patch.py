@@ -23,7 +23,8 @@ from errata.errors import PatchFormatError, RequestError
 from errata.files import write_atomically
 from errata.model.fingerprint import check_base
 from errata.scope.gate import Gate
-from errata.steering import Decision, Steering, SteeringTable
+from errata.steering import Decision, Steering
+from errata.steering_table import SteeringTable
 
 FORMAT_VERSION = 1
 # Readers of older files: MIGRATIONS[v] turns a header of version v into one of v + 1. Append only.
@@ -207,16 +208,23 @@ def _unpack(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{name} is not a readable safetensors file (truncated or damaged): {error}; copy it again"
         ) from None
     text = metadata.get("errata", "")
-    if not text or json.loads(text).get("format") != "errata.patch":
+    try:
+        header = json.loads(text)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or header.get("format") != "errata.patch":
         raise PatchFormatError(
             f"{name} is a safetensors file but not an errata patch; pass a file that `errata fit` wrote"
         )
-    header = json.loads(text)
-    if header["format_version"] > FORMAT_VERSION:
+    version = header.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise PatchFormatError(f"{name} has format version {version!r}, which never was; fetch or fit it again")
+    if version > FORMAT_VERSION:
         raise PatchFormatError(
-            f"{name} has format version {header['format_version']}, this errata reads up to {FORMAT_VERSION}; update errata"
+            f"{name} has format version {version}, this errata reads up to {FORMAT_VERSION}; update errata"
         )
-    if hashlib.sha256(text.encode()).hexdigest() != metadata.get("sha256") or header["content"] != _digest(tensors):
+    sealed = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() == metadata.get("sha256")
+    if not sealed or header.get("content") != _digest(tensors):
         raise PatchFormatError(
             f"{name} has been altered since it was written (its checksums do not match); fetch or fit it again"
         )

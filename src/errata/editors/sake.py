@@ -31,7 +31,7 @@ from errata.model.anatomy import anatomy
 from errata.model.fingerprint import base_of
 from errata.model.generate import greedy_answers
 from errata.model.states import states_at
-from errata.model.tokens import chat, continuation_ids
+from errata.model.tokens import chat, continuation_ids, token_ids
 from errata.patch import Patch
 from errata.prompts import contexts
 from errata.scope.features import gate_features
@@ -40,7 +40,17 @@ from errata.scope.radius import radius_from_prompts
 from errata.steering import Steering
 
 MINILM = "encoder:sentence-transformers/paraphrase-MiniLM-L6-v2"
-PAPER = {"span": "first", "reg": 1e-2, "reg_relative": False, "gate": MINILM, "affirm": False, "implications": "none"}
+PAPER = {
+    "context_prompts": 100,
+    "tolerance": 0.0,
+    "half": False,
+    "span": "first",
+    "reg": 1e-2,
+    "reg_relative": False,
+    "gate": MINILM,
+    "affirm": False,
+    "implications": "none",
+}
 CODE = PAPER | {"affirm": True}
 POOLED = {"implications": "pooled", "pooled_implications": 25}
 
@@ -91,6 +101,14 @@ class SAKEConfig:
         if self.token > -1 or (self.token < -1 and self.span != "first"):
             raise ConfigError(
                 f"token counts from the prompt's end; found {self.token}; use -1, or a lower one with span='first'"
+            )
+        choices = {"span": ("all", "first"), "map": ("transport", "uniform"), "implications": ("own", "pooled", "none")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"expected {name} to be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
+        if min(self.noise, self.noise_copies, self.pooled_implications, self.radius or 0.0) < 0:
+            raise ConfigError(
+                "expected noise, noise_copies, pooled_implications and radius of at least 0; found a negative one"
             )
         if not self.reg > 0 or not 0 <= self.tolerance < 1:
             raise ConfigError(
@@ -166,9 +184,10 @@ class SAKE(Editor[SAKEConfig]):
         if name != "auto":
             return load_gate(name)
         calibrated = Path(str(getattr(model.config, "_name_or_path", ""))) / GATE_FILE
-        return (
-            load_gate(calibrated) if calibrated.is_file() else Gate(layers=(min(round(n_layers * 0.6), n_layers - 1),))
-        )
+        if calibrated.is_file() and self.config.layer == "final":
+            return load_gate(calibrated)
+        steered = n_layers - 1 if self.config.layer == "final" else int(self.config.layer) % n_layers
+        return Gate(layers=(min(round(n_layers * 0.6), n_layers - 1, steered),))  # it decides before it is needed
 
     def _with_old_object(self, model: Any, tokenizer: Any, request: EditRequest) -> EditRequest:
         """The request with the model's own greedy answer as target_true if it names none."""
@@ -268,7 +287,7 @@ class _Fit:
 
         Sites: the one that is mapped, and the final norm's output.
         """
-        ids = [self.tokenizer(self._wrap(text))["input_ids"] for text in texts]
+        ids = token_ids(self.tokenizer, [self._wrap(text) for text in texts])
         ends = [len(row) + self.config.token for row in ids]
         steps = len(answer) + (
             self.config.span == "all"

@@ -118,6 +118,11 @@ def calibrate(
     return sorted(outcomes, key=lambda o: -o.in_scope_rate)
 
 
+def below(distance: float) -> float:
+    """A radius that keeps a point at this distance outside, with a margin of two per cent."""
+    return distance - 0.02 * abs(distance)
+
+
 def _judge(
     gate: Gate, fit: Tensor, fit_label: Tensor, held: Tensor, held_label: Tensor,
     loaded: list[int], outside: list[int], noise: Tensor | None, target: float,
@@ -129,10 +134,10 @@ def _judge(
     own = torch.tensor([loaded.index(int(i)) for i in held_label[inside]])
     nearest = far.min(1)
     negatives = gate.distances(gate.points(held[without]), centres).min(1).values
-    radius = float(negatives.quantile(target))
+    radius = below(float(negatives.sort().values[int(target * len(negatives))]))
     if noise is not None:
         quiet = torch.cat([gate.distances(gate.points(part), centres).min(1).values for part in noise.split(4096)])
-        radius = min(radius, float(quiet.min()) * 0.98)
+        radius = min(radius, below(float(quiet.min())))
     hits = (nearest.indices == own) & (nearest.values <= radius)
     return Outcome(
         gate=replace(gate, radius=radius, note=f"calibrated for a false-positive rate of {target}"),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from errata.model.states import states_at
+from errata.model.tokens import token_ids
 from errata.scope.encoder import load_encoder
 from errata.scope.gate import Gate, Pooling
 
@@ -29,7 +30,7 @@ def features(
     """
     rows = []
     for start in range(0, len(texts), CHUNK):
-        ids = [tokenizer(t)["input_ids"] for t in texts[start : start + CHUNK]]
+        ids = token_ids(tokenizer, texts[start : start + CHUNK])
         whole = every or pooling == "mean"
         places = [list(range(len(i))) if whole else [len(i) + token] for i in ids]
         found = states_at(model, ids, places, list(layers))

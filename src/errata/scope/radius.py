@@ -32,7 +32,7 @@ def radius_from_prompts(
     outside = gate_features(model, tokenizer, [wrap(t) for t in others(request)], gate)
     nearest = float(gate.distances(gate.points(outside), centre[None]).min())
     reach = float(torch.quantile(inside, 0.95))
-    return (reach + nearest) / 2 if nearest > reach else nearest * 0.98
+    return (reach + nearest) / 2 if nearest > reach else nearest - 0.02 * abs(nearest)
 
 
 def others(request: EditRequest) -> list[str]:

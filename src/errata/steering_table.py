@@ -1,0 +1,535 @@
+"""Steering patches at run time: which rows and positions are steered, by which edit, at which step of its object.
+
+All steering edits on a model live in one `SteeringTable`. Position i of a row is steered by edit e at step t when
+`ids[i−t+1..i]` are the first t tokens of e's new object and the gate of e is open at position i − t; at step 0 not again
+while the gate stays open after the object has been said. All of this is a function of the row's ids up to i, so a cached
+step, a beam, a sampled row, a left-padded row and a whole uncached sequence agree. At the default site, the final norm's
+output, steering never reaches later positions' states. Edits compete within one site.
+
+Which positions are asked: every real position of the forward pass for activation gates. Encoder gates embed text, so they
+are asked where a next token is wanted: at each row's last position, and from the prompt's end on inside `prompts(lengths)`.
+"""
+
+import hashlib
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.errors import ConfigError, EditError
+from errata.maths.transport import LinearMap
+from errata.model.anatomy import anatomy
+from errata.model.hooks import first_tensor, with_first_tensor
+from errata.model.tokens import token_ids
+from errata.scope.gate import Gate
+from errata.steering import Decision, Steering
+
+CLOSED = -1
+
+
+@dataclass
+class _Pass:
+    """One forward pass: all ids and the mask of each row, and where this pass's columns begin."""
+
+    ids: Tensor  # (B, N) every id so far, padding included
+    mask: Tensor  # (B, N) bool
+    start: int  # first column of this pass
+    lengths: Sequence[int] | None
+    states: dict[int, Tensor] = field(default_factory=dict)
+    gated: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) edit whose gate is open, or CLOSED
+    asked: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) whether every gate was asked
+    nearest: Tensor | None = None  # (B, T) index of the nearest edit, open or not
+    distance: Tensor | None = None  # (B, T) distance to it
+    closest: Tensor | None = None  # (B, T) the same in radii
+
+    def key(self, row: int, column: int) -> bytes:
+        """Content address of a row's real ids up to and including a column."""
+        kept = self.ids[row, : column + 1][self.mask[row, : column + 1]]
+        return hashlib.blake2b(kept.cpu().numpy().tobytes(), digest_size=16).digest()
+
+
+class SteeringTable:
+    """Every steering edit on one model; installs its hooks with the first edit and removes them with the last."""
+
+    MEMORY = 8192  # remembered prefixes; forgetting one costs a forward pass, never a wrong answer
+
+    def __init__(self, model: Any, tokenizer: Any):
+        self.model, self.tokenizer = model, tokenizer
+        self.anatomy = anatomy(model)
+        self._entries: OrderedDict[object, tuple[Steering, ...]] = OrderedDict()
+        self._hooks: list[Any] = []
+        self._prepare: Any = None
+        self._own_prepare: Any = None
+        self._passes: list[_Pass] = []
+        self._last: _Pass | None = None
+        self._nested = self._off = False
+        self._pending: Tensor | None = None
+        self._lengths: Sequence[int] | None = None
+        self._caches: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
+        self._memory: OrderedDict[bytes, tuple[dict[str | int, int], dict[int, Tensor]]] = OrderedDict()
+        self._encoders: dict[str, Any] = {}
+        self._rebuild()
+
+    # -- what is loaded ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def on(cls, model: Any, tokenizer: Any) -> "SteeringTable":
+        """The model's table; made if there is none."""
+        table = model.__dict__.get("_errata_steering")
+        if table is None:
+            table = cls(model, tokenizer)
+            model.__dict__["_errata_steering"] = table
+        return table
+
+    def add(self, owner: object, parts: Sequence[Steering]) -> list[tuple[str, str]]:
+        """Load edits under an owner; returns (edit, earlier edit that it overrides) for equal subject and relation."""
+        self._refuse_late_gates(parts)
+        active = {part.key: part.edit for part in self.active}
+        conflicts: dict[tuple[str, str], None] = {}
+        for part in parts:
+            if active.get(part.key, part.edit) != part.edit:
+                conflicts[part.edit, active[part.key]] = None
+            active[part.key] = part.edit
+        self._entries[owner] = tuple(parts)
+        try:
+            self._rebuild()
+            self._install()
+        except BaseException:
+            self.remove(owner)
+            raise
+        return list(conflicts)
+
+    def _refuse_late_gates(self, parts: Sequence[Steering]) -> None:
+        n = self.anatomy.n_layers
+        for part in parts:
+            late = [la for la in part.gate.layers if part.site != "final" and la % n > int(part.site) % n]
+            if late:
+                raise ConfigError(
+                    f"the edit {part.edit} acts at layer {part.site}, but its gate reads layer {late[0]}, which comes later; "
+                    "fit it with a gate that reads no layer above the steered one"
+                )
+
+    def remove(self, owner: object) -> None:
+        """Unload an owner's edits; the last one takes the hooks along."""
+        self._entries.pop(owner, None)
+        self._rebuild()
+        self._install()
+        if not self._entries:
+            self.model.__dict__.pop("_errata_steering", None)
+
+    def _rebuild(self) -> None:
+        winners: dict[str, Steering] = {}
+        for parts in self._entries.values():
+            for part in parts:
+                loser = winners.pop(part.key, part)
+                if loser.edit != part.edit:  # what followed from the overridden object does not follow any more
+                    winners = {key: p for key, p in winners.items() if p.edit != loser.edit}
+                winners[part.key] = part
+        self.active: list[Steering] = list(winners.values())
+        groups: dict[tuple[str | int, str], list[int]] = {}
+        for i, part in enumerate(self.active):
+            groups.setdefault((part.site, part.gate.digest), []).append(i)
+        self._groups = [
+            (
+                self.active[members[0]].site,
+                self.active[members[0]].gate,
+                torch.tensor(members),
+                torch.stack([self.active[i].centre.float() for i in members]),
+                torch.tensor([self.active[i].radius for i in members]),
+            )
+            for members in groups.values()
+        ]
+        self._by_first: dict[int, list[Steering]] = {}
+        for part in self.active:
+            self._by_first.setdefault(part.target_ids[0], []).append(part)
+        self._longest = max((len(p.target_ids) for p in self.active), default=0)
+        self._memory.clear()
+        self._placed: dict[tuple[int, int, torch.device], LinearMap] = {}
+
+    def _install(self) -> None:
+        """Hooks exactly for the layers and sites that the loaded edits use."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._release()
+        if not self.active:
+            return
+        layers = sorted({layer for _, gate, *_ in self._groups for layer in gate.layers})
+        sites = {part.site for part in self.active}
+        module = self.anatomy.module
+        self._hooks.append(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
+        for layer in layers:
+            self._hooks.append(module(self.model, self.anatomy.site(layer)).register_forward_hook(self._read(layer)))
+        for site in sites:
+            self._hooks.append(module(self.model, self.anatomy.site(site)).register_forward_hook(self._steer(site)))
+        self._hooks.append(self.model.register_forward_hook(self._after, always_call=True))
+        self._own_prepare = self.model.__dict__.get("prepare_inputs_for_generation")
+        original = self.model.prepare_inputs_for_generation
+
+        @wraps(original)
+        def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._pending = input_ids
+            return original(input_ids, *args, **kwargs)
+
+        self.model.__dict__["prepare_inputs_for_generation"] = self._prepare = prepare
+
+    def _release(self) -> None:
+        """Give `prepare_inputs_for_generation` back as it was found."""
+        if self.model.__dict__.get("prepare_inputs_for_generation") is not self._prepare or self._prepare is None:
+            return
+        if self._own_prepare is None:
+            del self.model.__dict__["prepare_inputs_for_generation"]
+        else:
+            self.model.__dict__["prepare_inputs_for_generation"] = self._own_prepare
+        self._prepare = None
+
+    @contextmanager
+    def prompts(self, lengths: Sequence[int]) -> Iterator[None]:
+        """Inside, rows are prompt + completion with these prompt lengths in real tokens (what encoder gates need to know)."""
+        before, self._lengths = self._lengths, lengths
+        try:
+            yield
+        finally:
+            self._lengths = before
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside, the model runs as if nothing were attached: fits are made on the base model."""
+        before, self._off = self._off, True
+        try:
+            yield
+        finally:
+            self._off = before
+
+    # -- the forward pass --------------------------------------------------------------------------------------------
+
+    def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._nested:
+            self._passes.clear()  # an interrupt may have left one
+        if self._off:
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            raise EditError(
+                "a steering patch reads the token ids, but the model was called without input_ids; pass input_ids instead of inputs_embeds"
+            )
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+        full = self._full_ids(ids, cache, past)
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(full) if mask is None or mask.dim() != 2 else mask
+        if mask.shape != full.shape:
+            raise EditError(
+                f"expected an attention mask of shape {tuple(full.shape)} over all ids, found {tuple(mask.shape)}; pass it whole"
+            )
+        if cache is not None:
+            self._caches[cache] = full
+        self._passes.append(_Pass(full, mask.bool(), past, self._lengths))
+
+    def _full_ids(self, ids: Tensor, cache: Any, past: int) -> Tensor:
+        pending, self._pending = self._pending, None
+        if not past:
+            return ids
+        wanted = past + ids.shape[1]
+        if pending is not None and pending.shape[0] == ids.shape[0] and pending.shape[1] >= wanted:
+            candidate = pending[:, :wanted]
+            if torch.equal(candidate[:, past:], ids):
+                return candidate
+        known = self._caches.get(cache)
+        if known is not None and known.shape[0] == ids.shape[0] and known.shape[1] >= past:
+            return torch.cat([known[:, :past], ids], 1)
+        raise EditError(
+            f"a steering patch needs the ids behind a key-value cache, and those of the {past} cached tokens were never seen; "
+            "attach the patch before the prompt is fed, or use model.generate"
+        )
+
+    def _after(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
+        if not self._passes:
+            return
+        done = self._last = self._passes.pop()
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None:
+            self._caches[cache] = done.ids
+        if not done.gated or output is None:  # an exception ended the pass early
+            return
+        for row in range(done.ids.shape[0]):
+            real = done.mask[row].nonzero()
+            if len(real) and int(real[-1]) >= done.start:
+                column = int(real[-1])
+                sums = {layer: s[row, column - done.start] for layer, s in self._sums(done).items()}
+                edits = {site: int(gated[row, column - done.start]) for site, gated in done.gated.items()}
+                self._remember(done.key(row, column), edits, sums)
+
+    def _read(self, layer: int) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            if self._passes:
+                self._passes[-1].states[layer] = first_tensor(output).detach()
+
+        return hook
+
+    def _steer(self, site: str | int) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            if not self._passes:
+                return None
+            current = self._passes[-1]
+            hidden = first_tensor(output)
+            self._decide(current, site)
+            chosen = self._steps(current, site)
+            if not chosen:
+                return None
+            hidden = hidden.clone()
+            groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
+            for row, column, edit, step in chosen:
+                groups.setdefault((edit, step), []).append((row, column))
+            for (edit, step), places in groups.items():
+                rows, columns = (torch.tensor(x, device=hidden.device) for x in zip(*places, strict=True))
+                hidden[rows, columns] = self._map(edit, step, hidden.device)(hidden[rows, columns])
+            return with_first_tensor(output, hidden)
+
+        return hook
+
+    def _map(self, edit: int, step: int, device: torch.device) -> LinearMap:
+        placed = self._placed.get((edit, step, device))
+        if placed is None:
+            placed = self.active[edit].maps[step].to(torch.float32, device)
+            self._placed[edit, step, device] = placed
+        return placed
+
+    # -- decisions ---------------------------------------------------------------------------------------------------
+
+    def _decide(self, current: _Pass, site: str | int) -> None:
+        """Decide for every column of the pass among the edits at one site, which read layers up to it."""
+        rows, columns = current.ids.shape[0], current.ids.shape[1] - current.start
+        device = current.ids.device
+        gated = torch.full((rows, columns), CLOSED, device=device)
+        best = torch.full((rows, columns), float("inf"), device=device)  # distance of the winner, in radii
+        if current.nearest is None or current.distance is None or current.closest is None:
+            current.nearest, current.distance, current.closest = gated.clone(), best.clone(), best.clone()
+        everywhere = torch.ones_like(gated, dtype=torch.bool)
+        for where_used, gate, members, centres, radii in self._groups:
+            if where_used != site:
+                continue
+            points, asked = self._points(current, gate)
+            if points is None:
+                continue
+            everywhere = everywhere & asked
+            far = gate.distances(points, centres.to(points.device)).to(device)
+            radii, members = radii.to(device), members.to(device)
+            if gate.distance == "linear":
+                inside, relative = far <= radii, far - radii
+            else:
+                inside, relative = far <= radii, far / radii
+            near, where = far.min(-1)
+            nearer = asked & (relative.gather(-1, where[..., None])[..., 0] < current.closest)
+            current.closest = torch.where(nearer, relative.gather(-1, where[..., None])[..., 0], current.closest)
+            current.nearest = torch.where(nearer, members[where], current.nearest)
+            current.distance = torch.where(nearer, near, current.distance)
+            near, where = far.masked_fill(~inside, float("inf")).min(-1)
+            score = relative.gather(-1, where[..., None])[..., 0]
+            wins = asked & near.isfinite() & (score < best)
+            best = torch.where(wins, score, best)
+            gated = torch.where(wins, members[where], gated)
+        current.asked[site] = everywhere
+        current.gated[site] = torch.where(current.mask[:, current.start :], gated, CLOSED)
+
+    def _points(self, current: _Pass, gate: Gate) -> tuple[Tensor | None, Tensor]:
+        """The gate's points (B, T, k) and which columns were asked (B, T)."""
+        asked = current.mask[:, current.start :]
+        if gate.encoder:
+            return self._encoded(current, gate)
+        if any(layer not in current.states for layer in gate.layers):
+            return None, asked
+        features = []
+        for layer in gate.layers:
+            states = current.states[layer].float()
+            if gate.pooling == "mean":
+                total = self._sums(current, layer)[layer]
+                count = current.mask.cumsum(1)[:, current.start :].clamp(min=1)
+                states = total / count[..., None].to(total.device)
+            features.append(states)
+        return gate.points(torch.cat([f.to(features[0].device) for f in features], -1)), asked
+
+    def _sums(self, current: _Pass, only: int | None = None) -> dict[int, Tensor]:
+        """Running sums (B, T, d) of the layers that a mean-pooling gate reads, the cached positions included."""
+        layers = {la for _, gate, *_ in self._groups if gate.pooling == "mean" for la in gate.layers}
+        sums = {}
+        for layer in layers if only is None else {only}:
+            states = current.states[layer].float()
+            total = (states * current.mask[:, current.start :, None].to(states)).cumsum(1)
+            if current.start:
+                before = torch.stack(
+                    [self._recall(current, row, current.start - 1)[1][layer] for row in range(len(total))]
+                )
+                total = total + before[:, None].to(total)
+            sums[layer] = total
+        return sums
+
+    def _encoded(self, current: _Pass, gate: Gate) -> tuple[Tensor, Tensor]:
+        """Embed the text of each asked prefix."""
+        rows, width = current.ids.shape[0], current.ids.shape[1] - current.start
+        asked = torch.zeros((rows, width), dtype=torch.bool, device=current.ids.device)
+        places, texts = [], []
+        for row in range(rows):
+            real = current.mask[row].nonzero()[:, 0]
+            first = len(real) - 1 if current.lengths is None else max(0, int(current.lengths[row]) - 1)
+            said = current.ids[row][real].tolist()
+            wanted = set(range(max(0, first), len(real)))
+            for i in list(wanted):  # where an object that may be under way there would have begun
+                steps = range(1, min(i, self._longest) + 1)
+                wanted |= {i - t for t in steps if self._begins(tuple(said[i - t + 1 : i + 1]))}
+            for column in real[sorted(wanted)].tolist():
+                if column >= current.start:
+                    places.append((row, column - current.start))
+                    texts.append(self._text(current, row, column))
+        vectors = self._encoder(gate.encoder or "").encode(texts)
+        points = torch.zeros((rows, width, vectors.shape[-1]))
+        for (row, column), vector in zip(places, vectors, strict=True):
+            points[row, column], asked[row, column] = vector, True
+        return gate.points(points), asked
+
+    def _text(self, current: _Pass, row: int, column: int) -> str:
+        kept = current.ids[row, : column + 1][current.mask[row, : column + 1]]
+        return str(self.tokenizer.decode(kept, skip_special_tokens=True))
+
+    def _encoder(self, name: str) -> Any:
+        from errata.scope.encoder import load_encoder
+
+        if name not in self._encoders:
+            self._encoders[name] = load_encoder(name)
+        return self._encoders[name]
+
+    def _steps(self, current: _Pass, site: str | int) -> list[tuple[int, int, int, int]]:
+        """(row, column of this pass, edit, step) for everything to be steered; an object under way goes before a new one."""
+        gated = current.gated[site]
+        chosen = []
+        open_columns: dict[int, list[tuple[int, int]]] = {}
+        for row, column in gated.ne(CLOSED).nonzero().tolist():
+            open_columns.setdefault(row, []).append((column + current.start, int(gated[row, column])))
+        for row in range(current.ids.shape[0]):
+            opened = open_columns.get(row, [])
+            if not opened and not current.start:
+                continue
+            real = current.mask[row].nonzero()[:, 0].tolist()
+            ids = [int(token) for token in current.ids[row].tolist()]
+            opened = self._opened_before(current, site, row, ids, real) + opened
+            for column, edit, step in self._walk(opened, ids, real):
+                if column >= current.start and (step or not self._said(current, site, row, column, edit, ids, real)):
+                    chosen.append((row, column - current.start, edit, step))
+        return chosen
+
+    def _walk(self, opened: list[tuple[int, int]], ids: list[int], real: list[int]) -> list[tuple[int, int, int]]:
+        """(column, edit, step) of one row, following each open gate (column, edit) along the tokens of its object."""
+        place = {column: i for i, column in enumerate(real)}
+        steps: dict[int, tuple[int, int]] = {}  # column -> (step, edit); the longest under way wins
+        for column, edit in opened:
+            target = self.active[edit].target_ids
+            for t, here in enumerate(real[place[column] : place[column] + len(target) + 1]):
+                if t and ids[here] != target[t - 1]:
+                    break
+                if t < len(self.active[edit].maps) and (here not in steps or steps[here][0] < t):
+                    steps[here] = (t, edit)
+        return [(column, edit, t) for column, (t, edit) in steps.items()]
+
+    def _said(
+        self, current: _Pass, site: str | int, row: int, column: int, edit: int, ids: list[int], real: list[int]
+    ) -> bool:
+        """Whether the edit's object has been said and its gate has stayed open since, so that it is not to be said again."""
+        target = self.active[edit].target_ids
+        n, end = len(target), real.index(column)
+        said = tuple(ids[c] for c in real[: end + 1])
+        complete = [j for j in range(n, end + 1) if said[j - n + 1 : j + 1] == target]
+        for j in range(end, min(complete, default=end + 1) - 1, -1):
+            if self._edit_at(current, site, row, real[j]) != edit:
+                return False
+            if j in complete and self._edit_at(current, site, row, real[j - n]) == edit:
+                return True
+        return False
+
+    def _edit_at(self, current: _Pass, site: str | int, row: int, column: int) -> int:
+        """The edit whose gate is open at a position of this pass or an earlier one."""
+        here = column - current.start
+        if here >= 0 and current.asked[site][row, here]:
+            return int(current.gated[site][row, here])
+        return self._recall(current, row, column)[0][site]
+
+    def _opened_before(
+        self, current: _Pass, site: str | int, row: int, ids: list[int], real: list[int]
+    ) -> list[tuple[int, int]]:
+        """Gates that opened at cached positions and whose object may still be under way."""
+        past = [column for column in real if column < current.start]
+        now = [column for column in real if column >= current.start]
+        found = []
+        if not now:  # nothing but padding
+            return []
+        for i in range(max(0, len(past) - self._longest), len(past)):
+            said = tuple(ids[column] for column in past[i + 1 :] + now[:1])
+            if self._begins(said):
+                edit = self._recall(current, row, past[i])[0][site]
+                if edit != CLOSED:
+                    found.append((past[i], edit))
+        return found
+
+    def _begins(self, said: tuple[int, ...]) -> bool:
+        """Whether some object begins with these tokens."""
+        return any(part.target_ids[: len(said)] == said for part in self._by_first.get(said[0], ()))
+
+    # -- memory of earlier positions ---------------------------------------------------------------------------------
+
+    def _remember(self, key: bytes, edits: dict[str | int, int], sums: dict[int, Tensor]) -> None:
+        self._memory[key] = (edits, sums)
+        self._memory.move_to_end(key)
+        while len(self._memory) > self.MEMORY:
+            self._memory.popitem(last=False)
+
+    def _recall(self, current: _Pass, row: int, column: int) -> tuple[dict[str | int, int], dict[int, Tensor]]:
+        """The decision at an earlier position; recomputed without a cache if it was never made or is forgotten."""
+        key = current.key(row, column)
+        if key not in self._memory:
+            kept = current.ids[row, : column + 1][current.mask[row, : column + 1]]
+            if not len(kept):
+                closed: dict[str | int, int] = {part.site: CLOSED for part in self.active}
+                return closed, {la: torch.zeros(s.shape[-1], device=s.device) for la, s in current.states.items()}
+            outside = self._pending, self._lengths, self._nested
+            self._pending, self._lengths, self._nested = None, None, True
+            try:
+                with torch.no_grad():
+                    self.model(input_ids=kept[None], use_cache=False)
+            finally:
+                self._pending, self._lengths, self._nested = outside
+        return self._memory[key]
+
+    def decide(self, prompts: Sequence[str]) -> list[Decision]:
+        """What the table says about each prompt, read at its last token."""
+        decisions = []
+        for prompt in prompts:
+            ids = torch.tensor(token_ids(self.tokenizer, [prompt]), device=self.model.device)
+            with torch.no_grad():
+                self.model(input_ids=ids, use_cache=False)
+            done = self._last
+            assert done is not None and done.nearest is not None and done.distance is not None
+            near = int(done.nearest[0, -1])
+            opened = {int(gated[0, -1]) for gated in done.gated.values()} - {CLOSED}
+            edit = near if near in opened else min(opened, default=CLOSED)
+            decisions.append(
+                Decision(
+                    edit=self.active[edit].edit if edit != CLOSED else None,
+                    nearest=self.active[near].edit if near != CLOSED else None,
+                    distance=float(done.distance[0, -1]),
+                    radius=self.active[near].radius if near != CLOSED else float("nan"),
+                )
+            )
+        return decisions
+
+
+@contextmanager
+def without_patches(model: Any) -> Iterator[None]:
+    """Inside, attached steering patches do nothing."""
+    table = model.__dict__.get("_errata_steering")
+    with table.suspended() if table else nullcontext():
+        yield
