@@ -9,6 +9,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 OLDEST ?= .venv-oldest
 BIN    := $(VENV)/bin
+WEIGHTS := src/errata/atlas/weights/atlas
 STAMP  := $(VENV)/.installed
 
 # The lower end of the range of transformers in pyproject.toml, and the tests that touch its internals.
@@ -55,7 +56,8 @@ bench: $(STAMP)  ## every script in benchmarks/
 
 atlas: $(STAMP)  ## train Atlas from scratch (hours; resumable) and write its weights into the package
 	@$(BIN)/python -m errata.atlas.train --out runs/atlas
-	@$(BIN)/python -m errata.atlas.train --out runs/atlas --export src/errata/atlas/weights/atlas
+	@$(BIN)/python -m errata.atlas.train --out runs/atlas --export $(WEIGHTS)
+	@$(BIN)/errata calibrate --model $(WEIGHTS) --out $(WEIGHTS)/errata-scope.safetensors
 
 $(OLDEST)/.installed: pyproject.toml
 	@echo "Setting up $(OLDEST) ..."

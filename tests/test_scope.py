@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from conftest import prefix_points
 from errata.edit import EditRequest
 from errata.errors import ConfigError, RequestError, ShapeError
-from errata.maths.discriminant import within_class_projection
+from errata.maths.discriminant import logistic_plane, within_class_projection
 from errata.scope.calibrate import Candidate, ScopeExample, calibrate, default_candidates
 from errata.scope.encoder import load_encoder
 from errata.scope.features import features, gate_features
@@ -318,3 +318,17 @@ def test_a_packaged_encoder() -> None:
     assert float(far[0]) < float(far[1]) - 0.3
     with pytest.raises(ConfigError, match="cannot load the sentence encoder 'no/such-encoder'"):
         load_encoder("no/such-encoder")
+
+
+def test_logistic_plane_equals_scikit_learn() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    generator = torch.Generator().manual_seed(3)
+    inside = torch.randn(30, 5, generator=generator) + 1.0
+    outside = torch.randn(12, 5, generator=generator) - 0.5
+    weight, bias = logistic_plane(inside, outside, ridge=0.5)
+    oracle = linear_model.LogisticRegression(C=2.0, class_weight="balanced", tol=1e-10, max_iter=10_000)
+    oracle.fit(torch.cat([inside, outside]).double().numpy(), [1] * 30 + [0] * 12)
+    assert weight.tolist() == pytest.approx(oracle.coef_[0].tolist(), abs=1e-4)
+    assert bias == pytest.approx(float(oracle.intercept_[0]), abs=1e-4)
+    with pytest.raises(ShapeError):
+        logistic_plane(inside, outside[:, :4])

@@ -26,6 +26,7 @@ from torch import Tensor
 from errata.edit import EditRequest, Implication
 from errata.editor import Editor, Progress, quiet
 from errata.errors import ConfigError, RequestError
+from errata.maths.discriminant import logistic_plane
 from errata.maths.transport import LinearMap, gaussian_distance, gaussian_transport, mean_shift
 from errata.model.anatomy import anatomy
 from errata.model.fingerprint import base_of
@@ -36,7 +37,7 @@ from errata.patch import Patch
 from errata.prompts import contexts
 from errata.scope.features import gate_features
 from errata.scope.gate import GATE_FILE, Gate, load_gate
-from errata.scope.radius import radius_from_prompts
+from errata.scope.radius import others, radius_from_prompts
 from errata.steering import Steering
 
 MINILM = "encoder:sentence-transformers/paraphrase-MiniLM-L6-v2"
@@ -67,7 +68,8 @@ class SAKEConfig:
     cosine with the mean shift are kept, with `noise_copies` neighbours each at `noise` standard deviations of the source
     (absolute units with reg_relative=False); affirm: sources of implications stand behind the original fact.
     strength: factor on the shift between the means (1: the paper's).
-    gate: `auto` (the model's calibrated gate, else mid-depth activations), a gate file, or `encoder:NAME`; radius: in the
+    gate: `auto` (the model's calibrated gate, else mid-depth activations), `classifier` (a logistic plane over the same points,
+    trained on the edit's prompts against stock texts), `final` (the last layer), a gate file, or `encoder:NAME`; radius: in the
     gate's unit, instead of the calibrated one. tolerance: relative error at which maps are truncated. half: store maps in
     half precision. chat: wrap every prompt in the tokenizer's chat template.
     """
@@ -181,13 +183,15 @@ class SAKE(Editor[SAKEConfig]):
             return Gate(encoder=name.removeprefix("encoder:"))
         if name == "final":
             return Gate(layers=(n_layers - 1,))
-        if name != "auto":
+        if name not in ("auto", "classifier"):
             return load_gate(name)
         calibrated = Path(str(getattr(model.config, "_name_or_path", ""))) / GATE_FILE
         if calibrated.is_file() and self.config.layer == "final":
-            return load_gate(calibrated)
-        steered = n_layers - 1 if self.config.layer == "final" else int(self.config.layer) % n_layers
-        return Gate(layers=(min(round(n_layers * 0.6), n_layers - 1, steered),))  # it decides before it is needed
+            gate = load_gate(calibrated)
+        else:
+            steered = n_layers - 1 if self.config.layer == "final" else int(self.config.layer) % n_layers
+            gate = Gate(layers=(min(round(n_layers * 0.6), n_layers - 1, steered),))  # it decides before it is needed
+        return gate if name == "auto" else replace(gate, distance="linear", radius=None)
 
     def _with_old_object(self, model: Any, tokenizer: Any, request: EditRequest) -> EditRequest:
         """The request with the model's own greedy answer as target_true if it names none."""
@@ -401,19 +405,28 @@ class _Fit:
             note["held_out_distance"] = float(gaussian_distance(states[held, 0, 0], states[~held, 0, 0]).mean())
         note["rank"] = [step.rank for step in maps]
         points = self._points(prompts)
-        centre = self.gate.centre(points)
-        radius = self.config.radius if self.config.radius is not None else self.gate.radius
-        if radius is None:
-            radius = radius_from_prompts(
-                self.model, self.tokenizer, self.gate, points, centre, self.request, self._wrap
-            )
-            note["radius_from"] = (
-                "the edit's own prompts against stock texts (run `errata calibrate` for a calibrated gate)"
-            )
+        centre, radius = self._ball(points, note)
         return Steering(
             edit=self.request.id, key=key, gate=self.gate, centre=centre, radius=float(radius),
             target_ids=tuple(answer), maps=tuple(maps), site=self.config.layer,
         )  # fmt: skip
+
+    def _ball(self, points: Tensor, note: dict[str, Any]) -> tuple[Tensor, float]:
+        """Centre (k,) and radius of the edit's scope: given, calibrated, learned, or from its own prompts and stock texts."""
+        if self.gate.distance == "linear":
+            texts = [self._wrap(text) for text in others(self.request)]
+            outside = self.gate.points(gate_features(self.model, self.tokenizer, texts, self.gate, self.config.token))
+            weight, radius = logistic_plane(points, outside)
+            return weight.float(), radius
+        centre = self.gate.centre(points)
+        if self.config.radius is not None:
+            return centre, self.config.radius
+        if self.gate.radius is not None:
+            return centre, self.gate.radius
+        note["radius_from"] = "own prompts against stock texts (`errata calibrate` makes a calibrated gate)"
+        return centre, radius_from_prompts(
+            self.model, self.tokenizer, self.gate, points, centre, self.request, self._wrap
+        )
 
     def _map(self, source: Tensor, target: Tensor) -> LinearMap:
         config = self.config
