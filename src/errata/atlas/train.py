@@ -2,8 +2,9 @@
 
 Resumable: the newest checkpoint in `--out` is picked up, and shards of the corpus are pure functions of (seed, shard), so a
 run that was stopped goes on with the same documents. Learning rate: warm-up, plateau, linear decay over the last 55 % of
-`--steps`; raising `--steps` before the decay has begun only lengthens the plateau. Hidden matrices are trained with Muon,
-everything else with AdamW. Answer tokens weigh 1 in the loss, all others `context_weight`.
+`--steps`; then `polish_steps` at a small rate in which every other batch holds rows of a single document, because a prompt
+usually stands at the very beginning of its row and packed rows seldom show that. Raising `--steps` before the decay has
+begun only lengthens the plateau. Hidden matrices are trained with Muon, everything else with AdamW. Answer tokens weigh 1 in the loss, all others `context_weight`.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from errata.atlas.world import load_world
 END = "<|endoftext|>"
 VOCABULARY = 4096
 SHORT, LONG = 128, 512  # tokens in a row of packed documents
+ALONE = 48  # tokens in a row of one document, as prompts stand alone
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Recipe:
     weight_decay: float = 0.01
     warmup: int = 100
     decay_share: float = 0.55
+    polish_steps: int = 300
+    polish_rate: float = 0.1
     context_weight: float = 0.25
     documents_per_shard: int = 40_000
     seed: int = 20160101
@@ -100,6 +104,19 @@ def pack(rows: list[tuple[list[int], list[float]]], length: int, window: int) ->
     w = np.zeros((len(closed), length), dtype=np.float32)
     for i, (ids, weights) in enumerate(closed):
         x[i, : len(ids)], w[i, : len(weights)] = ids, weights
+    return x, w
+
+
+def alone_batch(
+    tokenizer: BaseTokenizer, corpus: Corpus, recipe: Recipe, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One batch of rows that hold one short document each, drawn for this step: (ids, weights), each (rows, ALONE)."""
+    size = recipe.tokens_per_step // ALONE
+    documents = list(corpus.documents(recipe.seed + 1_000_000 + step, 3 * size, long_share=0.0))
+    rows = [row for row in tokenize(tokenizer, documents, recipe.context_weight) if len(row[0]) <= ALONE][:size]
+    x, w = torch.zeros(len(rows), ALONE, dtype=torch.int64), torch.zeros(len(rows), ALONE)
+    for i, (ids, weights) in enumerate(rows):
+        x[i, : len(ids)], w[i, : len(weights)] = torch.tensor(ids), torch.tensor(weights)
     return x, w
 
 
@@ -198,8 +215,10 @@ class Trainer:
                 optimiser.state[parameter] = found
 
     def rate(self) -> float:
-        """Share of the peak learning rate at this step: warm-up, plateau, linear decay."""
+        """Share of the peak learning rate at this step: warm-up, plateau, linear decay, polish."""
         r = self.recipe
+        if self.step >= r.steps:
+            return r.polish_rate * max(0.0, 1 - (self.step - r.steps) / r.polish_steps)
         tail = r.steps * r.decay_share
         return min(1.0, (self.step + 1) / r.warmup, max(0.0, (r.steps - self.step) / tail))
 
@@ -226,6 +245,8 @@ class Trainer:
             for number, (x, w) in enumerate(batches):
                 if shard == self.shard and number < self.batch:
                     continue
+                if self.step >= self.recipe.steps and self.step % 2:
+                    x, w = alone_batch(self.tokenizer._tokenizer, corpus, self.recipe, self.step)
                 for _, optimiser in self.groups.values():
                     peak = optimiser.defaults["lr"]
                     optimiser.param_groups[0]["lr"] = float(peak) * self.rate()
@@ -251,7 +272,7 @@ class Trainer:
                 if time.time() - saved > 60 * minutes_between_checkpoints:
                     self.checkpoint()
                     saved = time.time()
-                if self.step >= self.recipe.steps:
+                if self.step >= self.recipe.steps + self.recipe.polish_steps:
                     self.checkpoint()
                     return
             self.shard, self.batch = shard + 1, 0
