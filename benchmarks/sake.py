@@ -4,7 +4,7 @@
 
 Counterfactual edits over all relations, fitted one by one and all loaded at once, judged by whole objects under greedy
 decoding: on the edit prompt, on `probe` phrasings, on hard negatives, on 2,000 unrelated texts (bits), and on what follows
-from the edits; then the shipped updates in the same way. `--sealed` judges by the sealed set instead of the `probe` one.
+from the edits; then the shipped updates in the same way. `--sealed` judges by the sealed set as well.
 """
 
 import argparse
@@ -59,21 +59,27 @@ def consequences(model: Any, tokenizer: Any, patch: errata.Patch) -> dict[str, A
 
 def run(
     model: Any, tokenizer: Any, requests: list[errata.EditRequest], args: argparse.Namespace, n_unrelated: int
-) -> dict[str, Any]:
-    """Fit all, load all, judge all."""
+) -> dict[str, dict[str, Any]]:
+    """Fit all, load all, judge all: by the probe phrasings, and by the sealed set if wanted."""
     world = load_world()
     started = time.perf_counter()
     patch = errata.SAKE(map=args.map).fit(model, tokenizer, requests, seed=args.seed)
     seconds = (time.perf_counter() - started) / len(requests)
-    probed = with_probes(world, patch.requests, seed=args.seed, sealed=args.sealed)
-    texts = unrelated_texts(world, n_unrelated, seed=args.seed + 1, sealed=args.sealed)
-    result = verify(model, tokenizer, patch, texts, requests=probed)
-    return result | {
-        "consequences": consequences(model, tokenizer, patch),
+    fit = {
         "seconds_fit_per_edit": round(seconds, 3),
         "bytes_per_edit": patch.nbytes // len(patch),
         "unconverged": sum(not r.get("converged", True) for r in patch.report.values()),
+        "consequences": consequences(model, tokenizer, patch),
     }
+    results = {}
+    for sealed in (False, True) if args.sealed else (False,):
+        probed = with_probes(world, patch.requests, seed=args.seed, sealed=sealed)
+        texts = unrelated_texts(world, n_unrelated, seed=args.seed + 1, sealed=sealed)
+        judged = verify(model, tokenizer, patch, texts, requests=probed) | fit
+        if sealed:
+            judged["failures"] = len(judged["failures"])  # a sealed set's texts stay sealed
+        results["sealed" if sealed else "probe"] = judged
+    return results
 
 
 def show(name: str, result: dict[str, Any]) -> None:
@@ -114,22 +120,16 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     world = load_world()
     model, tokenizer = errata.load(args.model)
-    results = {
-        "counterfactual": run(
-            model,
-            tokenizer,
-            counterfactual_requests(world, args.n, split=args.split, seed=args.seed),
-            args,
-            args.unrelated,
-        )
+    jobs = {
+        "counterfactual": (counterfactual_requests(world, args.n, split=args.split, seed=args.seed), args.unrelated)
     }
-    show(
-        f"{args.n} counterfactual edits, {args.split} facts{', sealed set' if args.sealed else ''}",
-        results["counterfactual"],
-    )
     if args.updates:
-        results["updates"] = run(model, tokenizer, update_requests(world), args, 200)
-        show(f"the shipped updates{', sealed set' if args.sealed else ''}", results["updates"])
+        jobs["updates"] = (update_requests(world), 200)
+    results: dict[str, Any] = {}
+    for name, (requests, n_unrelated) in jobs.items():
+        results[name] = run(model, tokenizer, requests, args, n_unrelated)
+        for judge, figures in results[name].items():
+            show(f"{figures['n_edits']} {name} edits, judged by the {judge} set", figures)
     results["machine"] = {
         "cores": os.cpu_count(),
         "processor": platform.machine(),

@@ -4,7 +4,8 @@ Resumable: the newest checkpoint in `--out` is picked up, and shards of the corp
 run that was stopped goes on with the same documents. Learning rate: warm-up, plateau, linear decay over the last 55 % of
 `--steps`; then `polish_steps` at a small rate in which every other batch holds rows of a single document, because a prompt
 usually stands at the very beginning of its row and packed rows seldom show that. Raising `--steps` before the decay has
-begun only lengthens the plateau. Hidden matrices are trained with Muon, everything else with AdamW. Answer tokens weigh 1 in the loss, all others `context_weight`.
+begun only lengthens the plateau. Hidden matrices are trained with Muon, everything else with AdamW. Answer tokens weigh 1
+in the loss, all others `context_weight`.
 """
 
 import argparse
@@ -163,6 +164,7 @@ class Trainer:
                 resid_pdrop=0.0,
                 embd_pdrop=0.0,
                 attn_pdrop=0.0,
+                activation_function="gelu_pytorch_tanh",  # GPT-2's own, as one kernel
                 attn_implementation="eager",
             )
         )

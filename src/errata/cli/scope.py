@@ -40,7 +40,7 @@ def calibrate(
     ] = None,
     target: Annotated[
         float, typer.Option("--false-positive-rate", min=0.0, max=1.0, help="Share of hard negatives let in.")
-    ] = 0.005,
+    ] = 0.01,
     unrelated: Annotated[int, typer.Option(min=0, help="Unrelated texts that must all stay outside.")] = 500,
     seed: Seed = 0,
     dtype: Dtype = None,

@@ -43,6 +43,7 @@ from errata.steering import Steering
 MINILM = "encoder:sentence-transformers/paraphrase-MiniLM-L6-v2"
 PAPER = {
     "context_prompts": 100,
+    "strength": 1.0,
     "tolerance": 0.0,
     "half": False,
     "span": "first",
@@ -75,13 +76,13 @@ class SAKEConfig:
     """
 
     prompts: int = 100
-    context_prompts: int = 40
-    implication_prompts: int = 16
+    context_prompts: int = 24
+    implication_prompts: int = 10
     span: Literal["all", "first"] = "all"
     layer: str | int = "final"
     token: int = -1
     map: Literal["transport", "uniform"] = "transport"
-    reg: float = 0.05
+    reg: float = 0.2
     reg_relative: bool = True
     implications: Literal["own", "pooled", "none"] = "own"
     pooled_implications: int = 10
@@ -90,7 +91,7 @@ class SAKEConfig:
     affirm: bool = True
     gate: str = "auto"
     radius: float | None = None
-    strength: float = 1.0
+    strength: float = 1.15
     tolerance: float = 0.02
     half: bool = True
     chat: bool = False

@@ -73,7 +73,7 @@ def calibrate(
     unrelated: Sequence[str] = (),
     *,
     candidates: Iterable[Candidate] | None = None,
-    target_false_positive_rate: float = 0.005,
+    target_false_positive_rate: float = 0.01,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Outcome]:
