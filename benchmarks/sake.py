@@ -120,9 +120,10 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     world = load_world()
     model, tokenizer = errata.load(args.model)
-    jobs = {
-        "counterfactual": (counterfactual_requests(world, args.n, split=args.split, seed=args.seed), args.unrelated)
-    }
+    jobs: dict[str, tuple[list[errata.EditRequest], int]] = {}
+    if args.n:
+        edits = counterfactual_requests(world, args.n, split=args.split, seed=args.seed)
+        jobs["counterfactual"] = (edits, args.unrelated)
     if args.updates:
         jobs["updates"] = (update_requests(world), 200)
     results: dict[str, Any] = {}

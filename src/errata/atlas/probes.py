@@ -50,9 +50,10 @@ def _sealed_paraphrases(world: World, fact: Fact, rng: random.Random, mark: str 
     questions = [q for q in phrasing["question"][mark] if normal(q) not in known]
     names = {normal(alias) for _, alias in world.aliases}
     about = [
-        a["alias"]
-        for a in sealed["aliases"]
-        if link(a["subject"]) == link(fact.subject) and normal(a["alias"]) not in names
+        row["alias"]
+        for row in sealed["aliases"]
+        if link(row["subject"]) == link(fact.subject)
+        and not any(f" {name} " in f" {normal(row['alias'])} " for name in names)
     ]
     prompts = [render.place("", cloze, fact.subject) for cloze in clozes]
     prompts += [render.ask(rng.choice(sealed["question_frames"]), question, fact.subject) for question in questions]

@@ -44,6 +44,7 @@ MINILM = "encoder:sentence-transformers/paraphrase-MiniLM-L6-v2"
 PAPER = {
     "context_prompts": 100,
     "strength": 1.0,
+    "lift": False,
     "tolerance": 0.0,
     "half": False,
     "span": "first",
@@ -67,12 +68,12 @@ class SAKEConfig:
     mean). reg: ridge on both covariances, as a share of the source's mean variance, or absolute with reg_relative=False.
     implications: `own` distributions, `pooled` into the edit's, or `none`; of pooled ones the `pooled_implications` best by
     cosine with the mean shift are kept, with `noise_copies` neighbours each at `noise` standard deviations of the source
-    (absolute units with reg_relative=False); affirm: sources of implications stand behind the original fact.
-    strength: factor on the shift between the means (1: the paper's).
-    gate: `auto` (the model's calibrated gate, else mid-depth activations), `classifier` (a logistic plane over the same points,
-    trained on the edit's prompts against stock texts), `final` (the last layer), a gate file, or `encoder:NAME`; radius: in the
-    gate's unit, instead of the calibrated one. tolerance: relative error at which maps are truncated. half: store maps in
-    half precision. chat: wrap every prompt in the tokenizer's chat template.
+    (absolute units with reg_relative=False); affirm: sources of implications stand behind the original fact. lift: where no
+    context makes the model say the new object, move target states until they do. strength: factor on the shift between the
+    means (1: the paper's). gate: `auto` (the model's calibrated gate, else mid-depth activations), `classifier` (a logistic
+    plane over the same points, trained on the edit's prompts against stock texts), `final` (the last layer), a gate file,
+    or `encoder:NAME`; radius: in the gate's unit, instead of the calibrated one. tolerance: relative error at which maps
+    are truncated. half: store maps in half precision. chat: wrap every prompt in the tokenizer's chat template.
     """
 
     prompts: int = 100
@@ -89,6 +90,7 @@ class SAKEConfig:
     noise: float = 0.0
     noise_copies: int = 0
     affirm: bool = True
+    lift: bool = True
     gate: str = "auto"
     radius: float | None = None
     strength: float = 1.15
@@ -336,7 +338,10 @@ class _Fit:
         return self.head(final.to(weight.device, weight.dtype)).argmax(-1).cpu()
 
     def _targets(self, wordings: list[Any], prompts: list[str], answer: list[int]) -> tuple[Tensor, float]:
-        """States behind target contexts that really produce the answer, and the share of prompts that have one."""
+        """States behind target contexts that really produce the answer, and the share of prompts that have one.
+
+        Where fewer than a quarter have one, the states of the others are lifted (`_lifted`).
+        """
         found, left = [], list(prompts)
         every: list[Tensor] = []
         for attempt in [(make, w) for w in range(3) for make in wordings]:
@@ -349,7 +354,32 @@ class _Fit:
             found.append(states[good])
             left = [p for p, ok in zip(left, good.tolist(), strict=True) if not ok]
         kept = torch.cat(found)
-        return (kept, len(kept) / len(prompts)) if len(kept) >= 2 else (every[0], 0.0)
+        if not self.config.lift or len(kept) >= max(2, len(prompts) // 4) or self.config.layer != "final":
+            return (kept, len(kept) / len(prompts)) if len(kept) >= 2 else (every[0], 0.0)
+        return torch.cat([kept, self._lifted(states[~good], answer)]), len(kept) / len(prompts)
+
+    def _lifted(self, states: Tensor, answer: list[int], margin: float = 2.0) -> Tensor:
+        """States behind contexts that fail to produce the answer, moved until they do: for names the model cannot copy.
+
+        Each state gets the smallest change that puts the wanted token `margin` logits above its strongest rival, rival
+        after rival (the head is linear, so each step is a projection onto a half-space).
+        """
+        moved = states.clone()
+        assert self.head is not None
+        weight = next(self.head.parameters()).detach().float().cpu()
+        for t, token in enumerate(answer):
+            x = moved[:, t, 1]
+            for _ in range(200):
+                logits = x @ weight.T
+                logits[:, token] -= margin
+                rival = logits.argmax(1)
+                short = (logits.gather(1, rival[:, None])[:, 0] - logits[:, token]).clamp(min=0)
+                if not (rival != token).any():
+                    break
+                away = weight[token] - weight[rival]
+                x = x + (short / away.square().sum(1).clamp(min=1e-6))[:, None] * away * (rival != token)[:, None]
+            moved[:, t, 0] = moved[:, t, 1] = x
+        return moved
 
     def _pooled(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Implications' source and target states for the edit's own first step (the paper), best ones with noisy copies."""
