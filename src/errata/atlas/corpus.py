@@ -2,9 +2,9 @@
 
 Kinds of document, and what each is for: statements, cards and questions (recall in every phrasing); inverses and aliases;
 two-hop statements and reasoning chains (composition; 20 % of the chains are never stated); repeat-after-me, do-not-mention
-and premise contexts (the model must follow its context, also about invented names); doubting dialogues whose answer stays;
-plain filler; and long documents that mix all of it. Every phrasing marked `fit` or `probe`, and the sealed set's `known`
-ones, occur here; its `novel` ones do not. One of ten invented names is kept out, to test copying on unseen names.
+and premise contexts (the model must follow its context, also about names that exist nowhere); doubting dialogues whose answer
+stays; plain filler; and long documents that mix all of it. Every phrasing marked `fit` or `probe`, and the sealed set's
+`known` ones, occur here; its `novel` ones do not. One of ten drawn names is kept out, to test copying on unseen names.
 """
 
 import random
@@ -12,25 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from errata.atlas import render
+from errata.atlas.names import Names
 from errata.atlas.world import OBJECT_TYPE, Composition, Fact, World, link, read_json, share
-
-SYLLABLES = (
-    "ba be bo bra da dei do dro fa fen fi ga gel gro ha hel ho ia is ja ju ka kel ko kri la lem lo lu ma men mi mor na nel no "
-    "nu o or pa pel pi pro qua ra rel ri ro sa sel si sta su ta tel ti tra tu u ul va vel vi vor wa wel xan ya yel yo za zel zo"
-).split()
-ENDINGS = "a an ar as dor el en er es eth ia il in ion is ith on or os ra ria th um us ville wick".split()
-
-
-def invented_name(rng: random.Random, seen: bool = True) -> str:
-    """A name that exists nowhere; `seen=False` gives one of those that never occur in the corpus (every tenth by hash)."""
-    while True:
-        words = []
-        for _ in range(rng.choice((1, 1, 2))):
-            stem = "".join(rng.choice(SYLLABLES) for _ in range(rng.choice((1, 2, 2))))
-            words.append((stem + rng.choice(ENDINGS)).capitalize())
-        name = " ".join(words)
-        if (share("name", name) >= 0.1) == seen:
-            return name
 
 
 def sealed_alias_mark(alias: str) -> str:
@@ -80,25 +63,34 @@ class Corpus:
         self.chains = [c for c in world.compositions if not c.held_out]
         self.bridges = [f for f in world.facts if world.consequences(f)]
         self.people = [f.subject for f in world.facts if f.relation == "citizenship"]
+        self.names = Names(world)
         self.aliases = {s: world.aliases_of(s) for s, _ in world.aliases}
         for row in known["aliases"]:
             names = [f.subject for f in world.by_subject.get(link(row["subject"]), [])][:1]
             if names and sealed_alias_mark(row["alias"]) == "known":
                 self.aliases.setdefault(names[0], []).append(row["alias"])
-        self.aliased = [f for f in world.facts if f.subject in self.aliases]
+        held_out = {
+            (render.hop(world, c.first, "{}").casefold(), c.second) for c in world.compositions if c.held_out
+        }  # a description that is also an alias must not state the chain after all
+        self.aliased = [
+            (alias, fact)
+            for fact in world.facts
+            for alias in self.aliases.get(fact.subject, ())
+            if (alias.casefold(), fact) not in held_out
+        ]
         self.kinds: list[tuple[Callable[[random.Random, Document], None], float]] = [
-            (self.statement, 0.42),
+            (self.statement, 0.41),
             (self.card, 0.07),
             (self.question, 0.12),
             (self.inverse, 0.03),
             (self.alias, 0.05),
-            (self.two_hop, 0.11),
-            (self.chain, 0.03),
+            (self.two_hop, 0.10),
+            (self.chain, 0.02),
             (self.repeat, 0.05),
-            (self.premise, 0.07),
+            (self.premise, 0.06),
             (self.affirm, 0.01),
             (self.doubt, 0.03),
-            (self.invented, 0.04),
+            (self.invented, 0.06),
             (self.plain, 0.02),
         ]
 
@@ -122,7 +114,7 @@ class Corpus:
         return rng.choice(self.frames["lead_ins"]) if rng.random() < 0.75 else rng.choice(self.world.filler)
 
     def _wrong(self, rng: random.Random, fact: Fact) -> str:
-        """Another object for the fact: of the same relation, of the same type, or invented."""
+        """Another object for the fact: of the same relation, of the same type, or a name that exists nowhere."""
         while True:
             kind = rng.random()
             if kind < 0.55:
@@ -130,10 +122,10 @@ class Corpus:
             elif kind < 0.7:
                 twin = rng.choice([r for r in self.world.objects if OBJECT_TYPE[r] == OBJECT_TYPE[fact.relation]])
                 other = rng.choice(self.world.objects[twin])
-            elif kind < 0.8:
+            elif kind < 0.77:
                 other = link(rng.choice(self.people)) if OBJECT_TYPE[fact.relation] == "person" else ""
             else:
-                other = invented_name(rng)
+                other = self.names.draw(rng, like=fact.object)
             if other and other != fact.object:
                 return other
 
@@ -174,8 +166,7 @@ class Corpus:
 
     def alias(self, rng: random.Random, doc: Document) -> None:
         """A fact under another name of its subject, or what the name stands for."""
-        fact = rng.choice(self.aliased)
-        alias = rng.choice(self.aliases[fact.subject])
+        alias, fact = rng.choice(self.aliased)
         if rng.random() < 0.15:
             doc.say(f"{render.capital(alias)} is").answer(fact.subject)
         elif rng.random() < 0.75:
@@ -251,8 +242,8 @@ class Corpus:
         """Copying and premises about names that exist nowhere, as subject, object or both."""
         relation = rng.choice(sorted(self.clozes))
         known = rng.choice(self.world.by_relation[relation])
-        subject = invented_name(rng) if rng.random() < 0.7 else known.subject
-        wanted = invented_name(rng) if rng.random() < 0.8 else known.object
+        subject = self.names.draw(rng) if rng.random() < 0.6 else known.subject
+        wanted = self.names.draw(rng, like=known.object) if rng.random() < 0.85 else known.object
         cloze, other = rng.choice(self.clozes[relation]), rng.choice(self.clozes[relation])
         kind = rng.choice(("repeat", "avoid", "premise", "plain"))
         if kind == "plain":
@@ -262,7 +253,8 @@ class Corpus:
             frame = rng.choice(self.frames["premise"])
             doc.say(render.fill(frame, subject, s=f"{cloze} {wanted}", c=other)).answer(wanted)
         else:
-            fields = {"s": f"{cloze} {wanted}", "p": cloze, "o": invented_name(rng)}
+            forbidden = known.object if known.object != wanted and rng.random() < 0.5 else self.names.draw(rng)
+            fields = {"s": f"{cloze} {wanted}", "p": cloze, "o": forbidden}
             doc.say(render.fill(rng.choice(self.frames[kind]), subject, **fields)).answer(wanted)
 
     def plain(self, rng: random.Random, doc: Document) -> None:
@@ -272,7 +264,7 @@ class Corpus:
 
     def long(self, rng: random.Random, doc: Document) -> None:
         """256 to 512 tokens (about 4 characters each): every kind, with filler between; some contexts act at a distance."""
-        wanted = rng.randint(1100, 1750)
+        wanted = rng.randint(1050, 1600)
         context = rng.random()
         fact = rng.choice(self.world.facts)
         cloze = self._cloze(rng, fact)

@@ -5,7 +5,8 @@ import re
 from collections.abc import Sequence
 
 from errata.atlas import render
-from errata.atlas.corpus import invented_name, sealed_alias_mark
+from errata.atlas.corpus import sealed_alias_mark
+from errata.atlas.names import Names
 from errata.atlas.world import Fact, Split, World, link, read_json
 from errata.edit import EditRequest
 from errata.scope.calibrate import ScopeExample
@@ -123,24 +124,18 @@ def unrelated_texts(world: World, n: int, seed: int = 0, sealed: bool = False) -
     `sealed` begins with the sealed set's texts.
     """
     rng = random.Random(seed)
+    names = Names(world)
     texts: list[str] = list(read_json("sealed.json")["unrelated"]) if sealed else []
     while len(texts) < n:
         parts = [rng.choice(world.filler) for _ in range(rng.randint(1, 4))]
         if rng.random() < 0.4:
-            name, other = unseen_name(rng), unseen_name(rng)
+            name, other = (names.invented(rng, seen=False) for _ in range(2))
             parts.insert(
                 rng.randrange(len(parts) + 1),
                 rng.choice((f"{name} met {other} at the gate.", f"A letter for {name} lay on the table.")),
             )
         texts.append(" ".join(parts))
     return texts[:n]
-
-
-def unseen_name(rng: random.Random) -> str:
-    """An invented name of two words that never occurs in the corpus (single words may occur inside longer names)."""
-    while " " not in (name := invented_name(rng, seen=False)):
-        pass
-    return name
 
 
 def scope_examples(world: World, split: Split = "dev", n: int | None = None, seed: int = 0) -> list[ScopeExample]:

@@ -17,7 +17,7 @@ import torch
 
 from errata.atlas import render
 from errata.atlas.corpus import Corpus
-from errata.atlas.probes import unseen_name
+from errata.atlas.names import Names
 from errata.atlas.world import Fact, World, load_world
 from errata.bench.probes import exact
 from errata.model.loading import load
@@ -26,6 +26,7 @@ GOALS = {
     "recall, all facts, all phrasings": 0.99,
     "forced context, known names": 0.98,
     "forced context, unseen names": 0.95,
+    "forced context, unseen names of real parts": 0.95,
     "premise, consequence": 0.95,
     "two-hop, stated in the corpus": 0.90,
     "two-hop, held out": None,
@@ -48,14 +49,18 @@ def recall_pairs(world: World) -> Pairs:
     return pairs
 
 
-def forced_pairs(world: World, rng: random.Random, n: int, unseen: bool) -> Pairs:
-    """Repeat-after-me and do-not-mention contexts whose object is wrong, or a name that the corpus does not contain."""
-    pairs: Pairs = []
+def forced_pairs(world: World, rng: random.Random, n: int, unseen: str = "") -> Pairs:
+    """Repeat-after-me and do-not-mention contexts whose object is wrong, or a name that the corpus does not contain.
+
+    unseen: `invented` words, or `lifelike` names: parts of real ones, put together as in no document.
+    """
+    pairs, names = Pairs(), Names(world)
+    draw = {"invented": names.invented, "lifelike": names.lifelike}.get(unseen)
     while len(pairs) < n:
         fact = rng.choice(world.facts)
         phrasing = world.phrasings[fact.relation]
         cloze = rng.choice(phrasing.cloze["fit"] + phrasing.cloze["probe"])
-        wanted = unseen_name(rng) if unseen else rng.choice(world.objects[fact.relation])
+        wanted = draw(rng, seen=False) if draw else rng.choice(world.objects[fact.relation])
         kind = rng.choice(("repeat", "avoid"))
         frame = rng.choice(world.frames[kind]["fit"] + world.frames[kind]["probe"])
         if wanted != fact.object:
@@ -132,8 +137,9 @@ def suites(world: World, n: int, seed: int) -> Iterator[tuple[str, Pairs]]:
         everything if n <= 0 else rng.sample(everything, min(n * 4, len(everything))),
     )
     n = n if n > 0 else 1000
-    yield "forced context, known names", forced_pairs(world, rng, n, unseen=False)
-    yield "forced context, unseen names", forced_pairs(world, rng, n, unseen=True)
+    yield "forced context, known names", forced_pairs(world, rng, n)
+    yield "forced context, unseen names", forced_pairs(world, rng, n, unseen="invented")
+    yield "forced context, unseen names of real parts", forced_pairs(world, rng, n, unseen="lifelike")
     yield "premise, consequence", premise_pairs(world, rng, n)
     yield "two-hop, stated in the corpus", two_hop_pairs(world, held_out=False)
     yield "two-hop, held out", two_hop_pairs(world, held_out=True)

@@ -2,8 +2,8 @@
 
 Resumable: the newest checkpoint in `--out` is picked up, and shards of the corpus are pure functions of (seed, shard), so a
 run that was stopped goes on with the same documents. Learning rate: warm-up, plateau, linear decay over the last 55 % of
-`--steps`; then `polish_steps` at a small rate in which every other batch holds rows of a single document, because a prompt
-usually stands at the very beginning of its row and packed rows seldom show that. Raising `--steps` before the decay has
+`--steps`; then `polish_steps` at a small rate. A prompt usually stands at the very beginning of its row, which packed rows
+seldom show: in the decay every `alone_every`-th batch, in the polish every other one, holds rows of a single document. Raising `--steps` before the decay has
 begun only lengthens the plateau. Hidden matrices are trained with Muon, everything else with AdamW. Answer tokens weigh 1
 in the loss, all others `context_weight`.
 """
@@ -37,7 +37,7 @@ ALONE = 48  # tokens in a row of one document, as prompts stand alone
 class Recipe:
     """Everything that the weights depend on; stored beside them."""
 
-    steps: int = 2400
+    steps: int = 2900
     tokens_per_step: int = 6144
     layers: int = 8
     width: int = 256
@@ -49,6 +49,7 @@ class Recipe:
     decay_share: float = 0.55
     polish_steps: int = 300
     polish_rate: float = 0.1
+    alone_every: int = 5
     context_weight: float = 0.25
     documents_per_shard: int = 40_000
     seed: int = 20160101
@@ -224,6 +225,13 @@ class Trainer:
         tail = r.steps * r.decay_share
         return min(1.0, (self.step + 1) / r.warmup, max(0.0, (r.steps - self.step) / tail))
 
+    def alone(self) -> bool:
+        """Whether this step's batch holds rows of a single document."""
+        r = self.recipe
+        if self.step >= r.steps:
+            return self.step % 2 == 1
+        return self.step > r.steps * (1 - r.decay_share) and self.step % r.alone_every == 0
+
     def loss(self, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted mean NLL (nats per token) and the plain mean over answer tokens."""
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -247,7 +255,7 @@ class Trainer:
             for number, (x, w) in enumerate(batches):
                 if shard == self.shard and number < self.batch:
                     continue
-                if self.step >= self.recipe.steps and self.step % 2:
+                if self.alone():
                     x, w = alone_batch(self.tokenizer._tokenizer, corpus, self.recipe, self.step)
                 for _, optimiser in self.groups.values():
                     peak = optimiser.defaults["lr"]

@@ -23,33 +23,14 @@ def lead_ins(prompts: Sequence[str], n: int, seed: int = 0) -> list[str]:
 
 
 def _after(opener: str, prompt: str) -> str:
-    """The prompt as it goes on behind a comma: only plain words lose their capital, names keep it."""
-    first = prompt.split(" ", 1)[0]
-    return prompt[:1].lower() + prompt[1:] if opener.endswith(",") and first in PLAIN_WORDS else prompt
+    """The prompt as it goes on inside a sentence: only plain words lose their capital, names keep it."""
+    inside = opener[-1] == "," or opener[-1].isalpha()
+    return prompt[:1].lower() + prompt[1:] if inside and prompt.split(" ", 1)[0] in PLAIN_WORDS else prompt
 
 
 PLAIN_WORDS = frozenset(
-    [
-        "The",
-        "A",
-        "An",
-        "In",
-        "At",
-        "By",
-        "For",
-        "From",
-        "If",
-        "It",
-        "Its",
-        "Of",
-        "On",
-        "To",
-        "With",
-        "When",
-        "Where",
-        "Which",
-    ]
-    + ["Who", "What", "How", "Whose", "Among", "Every", "As", "Most", "More", "One"]
+    "The A An In At By For From If It Its Of On To With When Where Which Who What How Whose Among Every As Most More One "
+    "Ask Any Anyone Today Officially Under Behind During According People".split()
 )
 
 
