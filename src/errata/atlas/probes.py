@@ -139,28 +139,30 @@ def unrelated_texts(world: World, n: int, seed: int = 0, sealed: bool = False) -
 
 
 def scope_examples(world: World, split: Split = "dev", n: int | None = None, seed: int = 0) -> list[ScopeExample]:
-    """Facts with `fit` phrasings only: six clozes, the questions, lead-ins and fit aliases to fit; two clozes held out.
+    """Facts with `fit` wordings only, what calibrates a gate; `probe` wordings stay unseen.
 
-    What calibrates a gate; `probe` phrasings stay unseen.
+    Held out of each fact's prompts are a third of its clozes, a question, and every fourth lead-in and question frame (the
+    same for all facts): a gate must let in wordings and openings that nothing was fitted on.
     """
     rng = random.Random(seed)
     facts = [f for f in world.facts if f.split == split]
     rng.shuffle(facts)
+    leads, frames = world.frames["lead_ins"]["fit"], world.frames["question_frames"]["fit"]
+    held_leads, held_frames = leads[3::4], frames[3::4]
+    leads, frames = [x for x in leads if x not in held_leads], [x for x in frames if x not in held_frames]
     examples = []
     for fact in facts[:n]:
-        phrasing = world.phrasings[fact.relation]
-        clozes = phrasing.cloze["fit"][:]
+        phrasing, subject = world.phrasings[fact.relation], fact.subject
+        clozes, questions = phrasing.cloze["fit"][:], phrasing.question["fit"][:]
         rng.shuffle(clozes)
-        leads = world.frames["lead_ins"]["fit"]
-        taught, held = clozes[:6], clozes[6:]
-        fit = [render.place("", c, fact.subject) for c in taught]
-        fit += [render.lead(rng.choice(leads), rng.choice(taught), fact.subject) for _ in range(4)]
-        fit += [
-            render.ask(rng.choice(world.frames["question_frames"]["fit"]), phrasing.question["fit"][0], fact.subject)
-            for _ in range(2)
-        ]
-        held = [render.place("", held[0], fact.subject), render.lead(rng.choice(leads), held[1], fact.subject)]
-        for alias in world.aliases_of(fact.subject, "fit")[:2]:
-            fit.append(render.place("", rng.choice(taught), alias))
+        rng.shuffle(questions)
+        held_clozes, clozes = clozes[: len(clozes) // 3], clozes[len(clozes) // 3 :]
+        fit = [render.place("", c, subject) for c in clozes]
+        fit += [render.lead(rng.choice(leads), rng.choice(clozes), subject) for _ in range(6)]
+        fit += [render.ask(rng.choice(frames), rng.choice(questions[1:] or questions), subject) for _ in range(4)]
+        fit += [render.place("", rng.choice(clozes), alias) for alias in world.aliases_of(subject, "fit")[:2]]
+        held = [render.place("", c, subject) for c in held_clozes[:2]]
+        held.append(render.lead(rng.choice(held_leads), rng.choice(held_clozes), subject))
+        held.append(render.ask(rng.choice(held_frames), questions[0], subject))
         examples.append(ScopeExample(tuple(fit), tuple(held)))
     return examples

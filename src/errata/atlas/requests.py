@@ -13,11 +13,9 @@ def request_for(world: World, fact: Fact, target_new: str, **fields: Any) -> Edi
     phrasing = world.phrasings[fact.relation]
     canonical = phrasing.cloze["fit"][0]
     prompts = [render.place("", cloze, fact.subject) for cloze in phrasing.cloze["fit"]]
-    prompts += [
-        render.ask(frame, question, fact.subject)
-        for question in phrasing.question["fit"]
-        for frame in world.frames["question_frames"]["fit"]
-    ]
+    questions, frames = phrasing.question["fit"], world.frames["question_frames"]["fit"]
+    for i, question in enumerate(questions):
+        prompts += [render.ask(frame, question, fact.subject) for frame in frames[i :: len(questions)]]
     for alias in world.aliases_of(fact.subject, "fit"):
         prompts += [render.place("", cloze, alias) for cloze in phrasing.cloze["fit"][:3]]
     subject = render.capital(fact.subject) if canonical.startswith("{}") else fact.subject

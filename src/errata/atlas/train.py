@@ -3,9 +3,9 @@
 Resumable: the newest checkpoint in `--out` is picked up, and shards of the corpus are pure functions of (seed, shard), so a
 run that was stopped goes on with the same documents. Learning rate: warm-up, plateau, linear decay over the last 55 % of
 `--steps`; then `polish_steps` at a small rate. A prompt usually stands at the very beginning of its row, which packed rows
-seldom show: in the decay every `alone_every`-th batch, in the polish every other one, holds rows of a single document. Raising `--steps` before the decay has
-begun only lengthens the plateau. Hidden matrices are trained with Muon, everything else with AdamW. Answer tokens weigh 1
-in the loss, all others `context_weight`.
+seldom show: in the decay every `alone_every`-th batch, in the polish every other one, holds rows of a single document.
+Raising `--steps` before the decay has begun only lengthens the plateau. Hidden matrices are trained with Muon, everything
+else with AdamW. Answer tokens weigh 1 in the loss, all others `context_weight`.
 """
 
 import argparse

@@ -121,4 +121,5 @@ def _candidate(outcome: Any) -> dict[str, Any]:
         "n_in_scope": outcome.n_in_scope,
         "n_out_of_scope": outcome.n_out_of_scope,
         "n_unrelated": outcome.n_unrelated,
+        "radius_at_false_positive_rate": outcome.radii,
     }

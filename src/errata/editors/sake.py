@@ -231,12 +231,13 @@ class _Fit:
         some = prompts[: self.config.context_prompts]
         answer = self._answer(request.text, new)
         sources = [*prompts, *(contexts.repeat(p, old) for p in some)]
-        targets, kept = self._targets([lambda p, w: contexts.instead(p, old, new, w)], some, answer)
+        wordings = [lambda p, w: contexts.instead(p, old, new, w)]
+        targets = self._targets(wordings, some, answer, self.report)
         states = self._states(sources, answer)
         pooled = (
             self._pooled(states, targets) if self.config.implications == "pooled" else (states[:0, 0], targets[:0, 0])
         )
-        self.report |= {"prompts": len(prompts), "target_contexts_kept": kept}
+        self.report["prompts"] = len(prompts)
         return self._part(request.key, prompts, states, targets, answer, pooled, self.report)
 
     def implications(self) -> list[Steering]:
@@ -274,9 +275,8 @@ class _Fit:
         if self.config.affirm:
             some = prompts[: len(prompts) // 2]
             states = torch.cat([states, self._states([contexts.affirmed(old, p) for p in some], answer)])
-        targets, note["target_contexts_kept"] = self._targets(
-            [lambda p, w: contexts.supposed(new, p, w), lambda p, w: contexts.repeat(p, text, w)], prompts, answer
-        )
+        wordings = [lambda p, w: contexts.supposed(new, p, w), lambda p, w: contexts.repeat(p, text, w)]
+        targets = self._targets(wordings, prompts, answer, note)
         none = (states[:0, 0], targets[:0, 0])
         return self._part(f"{request.key} -> {about}", prompts, states, targets, answer, none, note)
 
@@ -337,8 +337,8 @@ class _Fit:
         weight = next(self.head.parameters())
         return self.head(final.to(weight.device, weight.dtype)).argmax(-1).cpu()
 
-    def _targets(self, wordings: list[Any], prompts: list[str], answer: list[int]) -> tuple[Tensor, float]:
-        """States behind target contexts that really produce the answer, and the share of prompts that have one.
+    def _targets(self, wordings: list[Any], prompts: list[str], answer: list[int], note: dict[str, Any]) -> Tensor:
+        """States behind target contexts that really produce the answer; the note says for how many prompts there is one.
 
         Where fewer than a quarter have one, the states of the others are lifted (`_lifted`).
         """
@@ -354,9 +354,13 @@ class _Fit:
             found.append(states[good])
             left = [p for p, ok in zip(left, good.tolist(), strict=True) if not ok]
         kept = torch.cat(found)
-        if not self.config.lift or len(kept) >= max(2, len(prompts) // 4) or self.config.layer != "final":
-            return (kept, len(kept) / len(prompts)) if len(kept) >= 2 else (every[0], 0.0)
-        return torch.cat([kept, self._lifted(states[~good], answer)]), len(kept) / len(prompts)
+        note["target_contexts_kept"] = len(kept) / len(prompts)
+        if len(kept) >= max(2, len(prompts) // 4):
+            return kept
+        if self.config.lift and self.config.layer == "final":
+            note["targets_lifted"] = len(left) / len(prompts)
+            return torch.cat([kept, self._lifted(states[~good], answer)])
+        return kept if len(kept) >= 2 else every[0]
 
     def _lifted(self, states: Tensor, answer: list[int], margin: float = 2.0) -> Tensor:
         """States behind contexts that fail to produce the answer, moved until they do: for names the model cannot copy.

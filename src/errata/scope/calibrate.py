@@ -42,7 +42,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a candidate did: rates on held-out prompts (fractions), and the radius in the gate's unit."""
+    """How a candidate did: rates on held-out prompts (fractions), and the radius in the gate's unit.
+
+    radii: what the radius would be at other false-positive rates, to try on dev edits (`benchmarks/scope.py`).
+    """
 
     gate: Gate
     in_scope_rate: float
@@ -51,6 +54,10 @@ class Outcome:
     n_in_scope: int
     n_out_of_scope: int
     n_unrelated: int
+    radii: dict[float, float]
+
+
+RATES = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02)
 
 
 def default_candidates(n_layers: int) -> list[Candidate]:
@@ -134,10 +141,15 @@ def _judge(
     own = torch.tensor([loaded.index(int(i)) for i in held_label[inside]])
     nearest = far.min(1)
     negatives = gate.distances(gate.points(held[without]), centres).min(1).values
-    radius = below(float(negatives.sort().values[int(target * len(negatives))]))
+    ordered, ceiling = negatives.sort().values, float("inf")
     if noise is not None:
         quiet = torch.cat([gate.distances(gate.points(part), centres).min(1).values for part in noise.split(4096)])
-        radius = min(radius, below(float(quiet.min())))
+        ceiling = below(float(quiet.min()))
+
+    def radius_at(rate: float) -> float:
+        return min(below(float(ordered[min(int(rate * len(ordered)), len(ordered) - 1)])), ceiling)
+
+    radius = radius_at(target)
     hits = (nearest.indices == own) & (nearest.values <= radius)
     return Outcome(
         gate=replace(gate, radius=radius, note=f"calibrated for a false-positive rate of {target}"),
@@ -147,4 +159,5 @@ def _judge(
         n_in_scope=len(hits),
         n_out_of_scope=len(negatives),
         n_unrelated=len(noise) if noise is not None else 0,
+        radii={rate: radius_at(rate) for rate in RATES},
     )
