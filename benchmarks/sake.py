@@ -57,6 +57,17 @@ def consequences(model: Any, tokenizer: Any, patch: errata.Patch) -> dict[str, A
     return {"all": figure.json() if figure else None, "changed": hard.json() if hard else None, "n_probes": len(asked)}
 
 
+def recalled(model: Any, tokenizer: Any, requests: list[errata.EditRequest]) -> dict[str, Any] | None:
+    """Share of the paraphrases to which the unedited model gives the old object: what generalization builds on."""
+    asked = [(r.id, prompt, r.target_true or "") for r in requests for prompt in r.paraphrase_prompts]
+    texts = greedy(model, tokenizer, [prompt for _, prompt, _ in asked])
+    good = [says(text, old) for text, (*_, old) in zip(texts, asked, strict=True)]
+    figure = rate(
+        by_case((c for c, *_ in asked), good).values(), "the unedited model's recall of the old object, greedy"
+    )
+    return figure.json() if figure else None
+
+
 def run(
     model: Any, tokenizer: Any, requests: list[errata.EditRequest], args: argparse.Namespace, n_unrelated: int
 ) -> dict[str, dict[str, Any]]:
@@ -76,6 +87,7 @@ def run(
         probed = with_probes(world, patch.requests, seed=args.seed, sealed=sealed)
         texts = unrelated_texts(world, n_unrelated, seed=args.seed + 1, sealed=sealed)
         judged = verify(model, tokenizer, patch, texts, requests=probed) | fit
+        judged["unedited_recall"] = recalled(model, tokenizer, probed)
         if sealed:
             judged["failures"] = len(judged["failures"])  # a sealed set's texts stay sealed
         results["sealed" if sealed else "probe"] = judged
@@ -86,6 +98,8 @@ def show(name: str, result: dict[str, Any]) -> None:
     """One table for the reader."""
     table = Table("metric", "value", "95 % interval", "n", title=name)
     rows = {k: result[k] for k in ("efficacy", "generalization", "specificity", "locality")}
+    if result["unedited_recall"]:
+        rows["paraphrases recalled, unedited"] = result["unedited_recall"]
     if result["consequences"]:
         rows |= {
             "consequences": result["consequences"]["all"],
