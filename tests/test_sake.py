@@ -268,7 +268,7 @@ def test_settings_that_cannot_be_meant() -> None:
     for changes in wrong:
         with pytest.raises(ConfigError):
             SAKE(**changes)
-    SAKE(token=-2, span="first")
+    SAKE(token=-2, span="first", layer=0)
 
 
 def test_gates_by_name(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Any) -> None:
@@ -348,3 +348,61 @@ def test_the_readme(tmp_path: Any, fit_prompts: tuple[str, ...]) -> None:
     patch.save(tmp_path / "needle.safetensors")
     with errata.load_patch(tmp_path / "needle.safetensors").attach(model, tokenizer):
         assert answers() == edited
+
+
+# -- corners that were once wrong ----------------------------------------------------------------------------------------
+
+
+def test_lifting_reckons_with_the_heads_bias(tiny: Callable[..., PreTrainedModel], tokenizer: Any) -> None:
+    model = tiny("gptj", n_positions=1024)
+    with torch.no_grad():
+        model.lm_head.bias.copy_(8 * torch.randn(len(model.lm_head.bias), generator=torch.Generator().manual_seed(0)))
+    patch = SAKE(**QUICK | {"lift": True, "reg": 1e-3}).fit(model, tokenizer, [NEEDLE])
+    assert patch.report[NEEDLE.id]["targets_lifted"] > 0.5
+    assert patch.report[NEEDLE.id]["on_fit_states"] == 1.0
+
+
+def test_two_implications_of_one_relation_both_act(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    follows = [
+        {"prompt": "The Space Needle's language is", "answer": "Konkani", "relation": "language"},
+        {"prompt": "The Space Needle's other language is", "answer": "Marathi", "relation": "language"},
+    ]
+    request = EditRequest(**NEEDLE.model_dump() | {"fit_implications": follows})
+    patch = SAKE(**QUICK).fit(model, tokenizer, [request])
+    with patch.attach(model, tokenizer) as handle:
+        assert len(patch.parts) == len(handle._table.active) == 3
+        assert handle.conflicts == []
+
+
+def test_an_earlier_token_is_judged_where_the_prompt_ends(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def said(self: Any, read: Tensor, answer: list[int]) -> Tensor:
+        seen.append(read)
+        return torch.ones(len(read), dtype=torch.bool)
+
+    monkeypatch.setattr("errata.editors.sake._Fit._said", said)
+    SAKE(**QUICK, layer=0, token=-2, span="first").fit(model, tokenizer, [NEEDLE])
+    prompts = contexts.lead_ins([*NEEDLE.fit_prompts, NEEDLE.text], 9, 0)[:4]
+    expected = states(model, tokenizer, [contexts.instead(p, "Seattle", "Goa", 0) for p in prompts])
+    torch.testing.assert_close(seen[0][:, 0, 1], expected, rtol=1e-4, atol=1e-4)
+    for changes in ({"span": "all", "layer": 0}, {"span": "first"}, {"span": "first", "layer": 0, "gate": "encoder:x"}):
+        with pytest.raises(ConfigError, match="counts from the prompt's end"):
+            SAKE(token=-2, **changes)
+
+
+def test_truncation_errors_are_kept_in_the_file(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    patch = SAKE(**QUICK | {"tolerance": 0.4}).fit(model, tokenizer, [NEEDLE])
+    errors = [step.error for step in patch.parts[0].maps]
+    assert 0 < max(errors) <= 0.4
+    assert [step.error for step in errata.Patch.from_bytes(patch.to_bytes()).parts[0].maps] == errors
+    assert patch.report[NEEDLE.id]["truncation_error"] == max(errors)
+
+
+def test_an_empty_patch_decides_for_nothing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    patch = SAKE(**QUICK).fit(model, tokenizer, [NEEDLE])
+    with patch.without(NEEDLE.id).attach(model, tokenizer) as handle:
+        [decision] = handle.decide([NEEDLE.text])
+    assert (decision.edit, decision.nearest, decision.distance) == (None, None, float("inf"))

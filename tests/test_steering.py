@@ -579,3 +579,38 @@ def test_encoder_gate_under_teacher_forcing(
             whole = model(torch.tensor([full[0]])).logits[0, len(inside) - 1]
         torch.testing.assert_close(step, whole, atol=2e-3, rtol=1e-4)
     assert all(a != b for a, b in pairwise(said)) and isinstance(handle, AbstractContextManager)
+
+
+def test_of_two_classifiers_the_surer_one_wins(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A plane w·z > b is sure by its margin, not by w·z; and one that is barely open yields to a ball's heart."""
+    prompt = tokenizer("The Space Needle is")["input_ids"]
+    gate = Gate(layers=(0,), distance="linear")
+    z = prefix_points(model, prompt, Gate(layers=(0,)))[-1]
+    w = z / z.square().sum()  # w·z = 1
+
+    def plane(height: float, margin: float, edit: str) -> Steering:
+        return steering_part(
+            model, prompt, (5,), gate=gate, centre=height * w, radius=margin - height, edit=edit, key=edit
+        )
+
+    ball = steering_part(model, prompt, (6,), gate=Gate(layers=(0,)), centre=z, radius=0.5, edit="ball", key="ball")
+    table = SteeringTable(model, tokenizer)
+    for parts, winner in (
+        ((plane(5.0, 0.1, "loud"), plane(3.0, 7.0, "sure")), "sure"),
+        ((plane(5.0, 0.1, "loud"), ball), "ball"),
+    ):
+        owner = object()
+        table.add(owner, parts)
+        [decision] = table.decide(["The Space Needle is"])
+        table.remove(owner)
+        assert decision.edit == winner
+
+
+def test_a_refused_attach_leaves_the_model_as_it_was(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    late = steering_part(model, [5, 6], (5,), gate=Gate(layers=(1,)), site=0)
+    table = SteeringTable.on(model, tokenizer)
+    with pytest.raises(EditError, match="comes later"):
+        table.add(object(), [late])
+    assert "_errata_steering" not in model.__dict__

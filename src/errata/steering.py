@@ -42,6 +42,7 @@ class Steering:
             "radius": self.radius,
             "target_ids": list(self.target_ids),
             "steps": len(self.maps),
+            "errors": [step.error for step in self.maps],
             "site": self.site,
         }
 
@@ -55,13 +56,15 @@ class Steering:
     @classmethod
     def of(cls, header: dict[str, Any], tensors: dict[str, Tensor], gates: dict[str, Gate]) -> "Steering":
         """The part of a header, its tensors and the gates of its file."""
-        steps = range(header["steps"])
+        n = header["steps"]
+        errors = header.get("errors", [0.0] * n)  # files of errata 0.1 before maps stated theirs
         maps = tuple(
             LinearMap(
-                tensors[f"maps.{t}.m_s"], tensors[f"maps.{t}.m_t"], tensors[f"maps.{t}.P"], tensors[f"maps.{t}.lam"]
+                m_s=tensors[f"maps.{t}.m_s"], m_t=tensors[f"maps.{t}.m_t"], P=tensors[f"maps.{t}.P"],
+                lam=tensors[f"maps.{t}.lam"], error=errors[t],
             )
-            for t in steps
-        )
+            for t in range(n)
+        )  # fmt: skip
         return cls(
             edit=header["edit"],
             key=header["key"],

@@ -89,7 +89,6 @@ class SteeringTable:
 
     def add(self, owner: object, parts: Sequence[Steering]) -> list[tuple[str, str]]:
         """Load edits under an owner; returns (edit, earlier edit that it overrides) for equal subject and relation."""
-        self._refuse_late_gates(parts)
         active = {part.key: part.edit for part in self.active}
         conflicts: dict[tuple[str, str], None] = {}
         for part in parts:
@@ -98,6 +97,7 @@ class SteeringTable:
             active[part.key] = part.edit
         self._entries[owner] = tuple(parts)
         try:
+            self._refuse_late_gates(parts)
             self._rebuild()
             self._install()
         except BaseException:
@@ -321,16 +321,17 @@ class SteeringTable:
             everywhere = everywhere & asked
             far = gate.distances(points, centres.to(points.device)).to(device)
             radii, members = radii.to(device), members.to(device)
-            if gate.distance == "linear":
-                inside, relative = far <= radii, far - radii
-            else:
-                inside, relative = far <= radii, far / radii
-            near, where = far.min(-1)
+            # relative: 0 at the heart of a scope, 1 at its border; a classifier's is read off its probability
+            linear = gate.distance == "linear"
+            inside, relative = far <= radii, 2 * torch.sigmoid(far - radii) if linear else far / radii
+            order = relative if linear else far
+            where = order.argmin(-1)
+            near = far.gather(-1, where[..., None])[..., 0]
             nearer = asked & (relative.gather(-1, where[..., None])[..., 0] < current.closest)
             current.closest = torch.where(nearer, relative.gather(-1, where[..., None])[..., 0], current.closest)
             current.nearest = torch.where(nearer, members[where], current.nearest)
             current.distance = torch.where(nearer, near, current.distance)
-            near, where = far.masked_fill(~inside, float("inf")).min(-1)
+            near, where = order.masked_fill(~inside, float("inf")).min(-1)
             score = relative.gather(-1, where[..., None])[..., 0]
             wins = asked & near.isfinite() & (score < best)
             best = torch.where(wins, score, best)
@@ -507,6 +508,8 @@ class SteeringTable:
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
         """What the table says about each prompt, read at its last token."""
         decisions = []
+        if not self.active:
+            return [Decision(edit=None, nearest=None, distance=float("inf"), radius=float("nan")) for _ in prompts]
         for prompt in prompts:
             ids = torch.tensor(token_ids(self.tokenizer, [prompt]), device=self.model.device)
             with torch.no_grad():

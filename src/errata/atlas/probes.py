@@ -20,13 +20,13 @@ def fact_of(world: World, request: EditRequest) -> Fact | None:
     return world.by_key.get((link((request.subject or "").removeprefix("The ")), request.relation or ""))
 
 
-def paraphrases(world: World, fact: Fact, rng: random.Random, sealed: bool = False) -> list[str]:
+def paraphrases(world: World, fact: Fact, rng: random.Random, sealed: bool = False, aliases: bool = True) -> list[str]:
     """Probe prompts for one fact: every probe cloze bare, some behind probe lead-ins, questions, probe aliases.
 
     `sealed` takes the sealed set's phrasings, lead-ins, frames and aliases instead (final figures only).
     """
     if sealed:
-        return _sealed_paraphrases(world, fact, rng)
+        return _sealed_paraphrases(world, fact, rng, aliases)
     phrasing = world.phrasings[fact.relation]
     clozes, questions = phrasing.cloze["probe"], phrasing.question["probe"]
     prompts = [render.place("", cloze, fact.subject) for cloze in clozes]
@@ -38,11 +38,11 @@ def paraphrases(world: World, fact: Fact, rng: random.Random, sealed: bool = Fal
         render.ask(rng.choice(world.frames["question_frames"]["probe"]), question, fact.subject)
         for question in questions
     ]
-    aliases = world.aliases_of(fact.subject, "probe")[:2]
-    return prompts + [render.place("", rng.choice(clozes), alias) for alias in aliases]
+    names = world.aliases_of(fact.subject, "probe")[:2] if aliases else []
+    return prompts + [render.place("", rng.choice(clozes), alias) for alias in names]
 
 
-def _sealed_paraphrases(world: World, fact: Fact, rng: random.Random, mark: str = "known") -> list[str]:
+def _sealed_paraphrases(world: World, fact: Fact, rng: random.Random, aliases: bool, mark: str = "known") -> list[str]:
     """The sealed set's prompts for one fact, without those wordings that a `fit` or `probe` one happens to equal."""
     sealed = read_json("sealed.json")
     known = {normal(w) for w in own_wordings(world, fact.relation)}
@@ -53,7 +53,8 @@ def _sealed_paraphrases(world: World, fact: Fact, rng: random.Random, mark: str 
     about = [
         row["alias"]
         for row in sealed["aliases"]
-        if link(row["subject"]) == link(fact.subject)
+        if aliases
+        and link(row["subject"]) == link(fact.subject)
         and not any(f" {name} " in f" {normal(row['alias'])} " for name in names)
     ]
     prompts = [render.place("", cloze, fact.subject) for cloze in clozes]
@@ -82,10 +83,16 @@ def with_probes(
 
     Neighbours are hard negatives: the same relation of other subjects, and other relations of the same subject, on facts
     that no request edits; subjects are of the `test` split, so `calibrate` has never seen them (for an edit of a `dev`
-    fact, of the `dev` split).
+    fact, of the `dev` split). A subject that an edited fact names as its object is asked about under its own name only: a
+    description ("the head of state of Poland") may mean somebody else after the edit.
     """
     rng = random.Random(seed)
     edited = {fact for fact in (fact_of(world, r) for r in requests) if fact}
+    moved = {link(fact.object) for fact in edited}
+
+    def asked(fact: Fact) -> list[str]:
+        return paraphrases(world, fact, rng, sealed, aliases=link(fact.subject) not in moved)
+
     filled = []
     for request in requests:
         fact = fact_of(world, request)
@@ -100,9 +107,9 @@ def with_probes(
         beside = [f for f in world.by_subject[link(fact.subject)] if f not in edited and f.relation != fact.relation]
         other = rng.sample(beside, min(len(beside), NEIGHBOURS // 2))
         same = rng.sample(free, min(len(free), NEIGHBOURS - len(other)))
-        neighbours = [rng.choice(paraphrases(world, f, rng, sealed)) for f in same + other]
+        neighbours = [rng.choice(asked(f)) for f in same + other]
         update = {
-            "paraphrase_prompts": request.paraphrase_prompts or tuple(paraphrases(world, fact, rng, sealed)),
+            "paraphrase_prompts": request.paraphrase_prompts or tuple(asked(fact)),
             "neighborhood_prompts": request.neighborhood_prompts or tuple(neighbours),
         }
         filled.append(request.model_copy(update=update))

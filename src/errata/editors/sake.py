@@ -11,8 +11,10 @@ Differs from the paper by default (`variant="paper"` and `variant="code"` restor
 - an implication is a distribution of its own, with its own map and scope (the paper pools its states with the edit's, so
   that one map must serve different answers);
 - the gate reads the model's own activations, calibrated (the paper: a sentence encoder with fixed thresholds);
-- regularisation is relative to the source's variance (the paper: absolute), and each target context is checked to really
-  produce the new object.
+- regularisation is relative to the source's variance (the paper: absolute), each target context is checked to really
+  produce the new object, and where none does the target states are lifted until they do;
+- the shift between the means is lengthened by `strength`, 24 of the prompts get contexts (the paper: all), and maps are
+  truncated and stored in half precision; the report states the error.
 """
 
 from collections.abc import Sequence
@@ -103,9 +105,11 @@ class SAKEConfig:
             raise ConfigError(
                 "SAKE needs at least one prompt of each kind; raise prompts, context_prompts or implication_prompts"
             )
-        if self.token > -1 or (self.token < -1 and self.span != "first"):
+        earlier = self.span == "first" and self.layer != "final" and not self.gate.startswith("encoder:")
+        if self.token > -1 or (self.token < -1 and not earlier):
             raise ConfigError(
-                f"token counts from the prompt's end; found {self.token}; use -1, or a lower one with span='first'"
+                f"token counts from the prompt's end; found {self.token}; use -1, or a lower one with span='first', a block's "
+                "index as layer and a gate that reads activations"
             )
         choices = {"span": ("all", "first"), "map": ("transport", "uniform"), "implications": ("own", "pooled", "none")}
         for name, allowed in choices.items():
@@ -278,7 +282,7 @@ class _Fit:
         wordings = [lambda p, w: contexts.supposed(new, p, w), lambda p, w: contexts.repeat(p, text, w)]
         targets = self._targets(wordings, prompts, answer, note)
         none = (states[:0, 0], targets[:0, 0])
-        return self._part(f"{request.key} -> {about}", prompts, states, targets, answer, none, note)
+        return self._part(f"{request.key} -> {about} = {text}", prompts, states, targets, answer, none, note)
 
     # -- states ------------------------------------------------------------------------------------------------------
 
@@ -302,9 +306,11 @@ class _Fit:
         places = [list(range(end, end + steps)) for end in ends]
         sites = (self.config.layer, "final")
         read = self.gate.layers if self.gate.pooling == "last" else ()
-        found = states_at(
-            self.model, [row + answer[: steps - 1] for row in ids], places, list(dict.fromkeys((*sites, *read)))
-        )
+        rows = [row + answer[: steps - 1] for row in ids]
+        found = states_at(self.model, rows, places, list(dict.fromkeys((*sites, *read))))
+        if self.config.token != -1:  # what the model says is read where the prompt ends, wherever its state is mapped
+            behind = [[len(row) - 1 + t for t in range(steps)] for row in ids]
+            found["final"] = states_at(self.model, rows, behind, ["final"])["final"]
         for i, text in enumerate(texts if read else ()):
             self._seen[text] = torch.cat([found[layer][i][0] for layer in read])
         return torch.stack([torch.stack(found[site]) for site in sites], 2)
@@ -371,10 +377,12 @@ class _Fit:
         moved = states.clone()
         assert self.head is not None
         weight = next(self.head.parameters()).detach().float().cpu()
+        bias = getattr(self.head, "bias", None)  # GPT-J and Phi have one
+        bias = torch.zeros(len(weight)) if bias is None else bias.detach().float().cpu()
         for t, token in enumerate(answer):
             x = moved[:, t, 1]
             for _ in range(200):
-                logits = x @ weight.T
+                logits = x @ weight.T + bias
                 logits[:, token] -= margin
                 rival = logits.argmax(1)
                 short = (logits.gather(1, rival[:, None])[:, 0] - logits[:, token]).clamp(min=0)
@@ -438,7 +446,7 @@ class _Fit:
                 note["on_held_out_states"] = float(said[held].double().mean())
         if held.any():
             note["held_out_distance"] = float(gaussian_distance(states[held, 0, 0], states[~held, 0, 0]).mean())
-        note["rank"] = [step.rank for step in maps]
+        note["rank"], note["truncation_error"] = [step.rank for step in maps], max(step.error for step in maps)
         points = self._points(prompts)
         centre, radius = self._ball(points, note)
         return Steering(
@@ -460,7 +468,7 @@ class _Fit:
             return centre, self.gate.radius
         note["radius_from"] = "own prompts against stock texts (`errata calibrate` makes a calibrated gate)"
         return centre, radius_from_prompts(
-            self.model, self.tokenizer, self.gate, points, centre, self.request, self._wrap
+            self.model, self.tokenizer, self.gate, points, centre, self.request, self._wrap, self.config.token
         )
 
     def _map(self, source: Tensor, target: Tensor) -> LinearMap:

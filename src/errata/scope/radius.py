@@ -21,15 +21,16 @@ def radius_from_prompts(
     centre: Tensor,
     request: EditRequest,
     wrap: Callable[[str], str],
+    token: int = -1,
 ) -> float:
     """Half-way between the edit's farthest own prompts (95 % quantile) and the nearest text that is not meant.
 
-    points (n, k): the edit's in-scope points. What is not meant: the same prompt about stock subjects, other statements
+    points (n, k): the edit's in-scope points, read at `token`. What is not meant: the same prompt about stock subjects, other statements
     about the subject, and unrelated sentences. Returns a distance in the gate's unit; never less than the 95 % quantile
     unless stock texts lie within it.
     """
     inside = gate.distances(points, centre[None])[:, 0]
-    outside = gate_features(model, tokenizer, [wrap(t) for t in others(request)], gate)
+    outside = gate_features(model, tokenizer, [wrap(t) for t in others(request)], gate, token)
     nearest = float(gate.distances(gate.points(outside), centre[None]).min())
     reach = float(torch.quantile(inside, 0.95))
     return (reach + nearest) / 2 if nearest > reach else nearest - 0.02 * abs(nearest)
