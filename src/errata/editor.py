@@ -20,7 +20,9 @@ Progress = Callable[[int, int], None]
 
 
 class Editor(ABC, Generic[C]):
-    """A method. `Method()` has our defaults (the paper's, where its file does not say otherwise), `Method(field=value)` changes some, `Method(config)` takes a config.
+    """A method. `Method()` has our defaults (the paper's, where its file does not say otherwise).
+
+    `Method(field=value)` changes some, `Method(config)` takes a config.
 
     method: its name, equal to its file's; summary: one line for `errata methods`; needs_subject: whether a request without
     a subject is refused; presets: named configurations.
