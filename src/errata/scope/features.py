@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.model.anatomy import Site
 from errata.model.states import states_at
 from errata.model.tokens import token_ids
 from errata.scope.encoder import load_encoder
@@ -18,7 +19,7 @@ def features(
     model: Any,
     tokenizer: Any,
     texts: Sequence[str],
-    layers: Sequence[int],
+    layers: Sequence[Site],
     pooling: Pooling,
     *,
     token: int = -1,
@@ -26,6 +27,7 @@ def features(
 ) -> Tensor:
     """Raw features (n, len(layers)·d_model), float32, at each text's `token` (from the end); `every`: at all positions of all texts.
 
+    layers: blocks' indices, or "final" for the final norm's output (what the head reads).
     `mean` pooling is the mean over a row's positions so far, so that it is a function of the position's prefix.
     """
     rows = []
