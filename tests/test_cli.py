@@ -1,13 +1,14 @@
 """The command line on tiny random models: every command, its JSON, its exit codes, and a fit that is interrupted."""
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
@@ -310,6 +311,129 @@ def test_a_patch_for_another_model(place: SimpleNamespace, command: list[str]) -
     assert "on which the patch was fitted" in refused(run(*command, "--model", place.other, "--patch", place.patch))
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_fit(
+    place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _stop_after(monkeypatch, 0, AssertionError("a fit was begun"))
+    (tmp_path / "file").write_text("in the way")
+    command = ["fit", place.requests, "-m", place.model, *SMALL, "-o"]
+    for path in (tmp_path / "file" / "p.safetensors", tmp_path / "file" / "deeper" / "p.safetensors"):
+        assert f"cannot write {path}: Not a directory" in refused(run(*command, path))
+    assert "cannot write" in refused(
+        run("verify", "-m", place.model, "-p", place.patch, "--rows", tmp_path / "file" / "r.jsonl")
+    )
+
+    def denied(*_: Any, **options: Any) -> Any:
+        assert options["dir"] == tmp_path  # the nearest folder that exists
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    assert "Permission denied" in refused(run(*command, tmp_path / "new" / "folder" / "p.safetensors"))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_prompt_that_is_too_long(place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long, words = "word " * 1000, "the prompt 'word word"
+    said = refused(run("ask", long, "-m", place.model))
+    assert words in said and "16 more are to follow" in said and "room for 1024" in said
+    (tmp_path / "r.jsonl").write_text(
+        "".join(r.model_copy(update={"paraphrase_prompts": (long,)}).to_json() + "\n" for r in REQUESTS)
+    )
+    verified = run("verify", "-m", place.model, "-p", place.patch, "--requests", tmp_path / "r.jsonl", "--unrelated", 0)
+    assert words in refused(verified)
+    (tmp_path / "texts").write_text(long)
+    verified = run("verify", "-m", place.model, "-p", place.patch, "--texts", tmp_path / "texts")
+    assert words in refused(verified)
+    _stop_after(monkeypatch, 0, AssertionError("a fit was begun"))
+    write_requests(tmp_path / "r.jsonl", [*REQUESTS, REQUESTS[0].model_copy(update={"fit_prompts": (long,)})])
+    for command in (
+        ["fit", tmp_path / "r.jsonl", "-o", tmp_path / "p"],
+        ["verify", "--requests", tmp_path / "r.jsonl"],
+    ):
+        assert words in refused(run(*command, "-m", place.model, "--method", "sake", *SMALL))
+
+
+def test_a_subject_that_the_tokenizer_drops(
+    place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _bpe: str
+) -> None:
+    backend = Tokenizer.from_str(_bpe)
+    backend.normalizer = normalizers.Replace("\u2603", "")
+    tiny_model("gpt2", n_positions=1024).save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END).save_pretrained(tmp_path / "model")
+    _stop_after(monkeypatch, 0, AssertionError("a fit was begun"))
+    write_requests(
+        tmp_path / "r.jsonl",
+        [*REQUESTS, EditRequest(subject="\u2603", prompt="The sign {} means", target_new="snow", target_true="sun")],
+    )
+    for command in (
+        ["fit", tmp_path / "r.jsonl", "-o", tmp_path / "p"],
+        ["verify", "--requests", tmp_path / "r.jsonl"],
+    ):
+        said = refused(run(*command, "-m", tmp_path / "model", "--method", "sake", *SMALL))
+        assert "expected tokens for the subject '\u2603' in the prompt 'The sign \u2603 means'" in said
+
+
+def test_two_edits_of_one_thing_are_noticed(place: SimpleNamespace, tmp_path: Path) -> None:
+    again = REQUESTS[0].model_copy(update={"target_new": "Nice", "subject": "the needle"})
+    write_requests(tmp_path / "r.jsonl", [REQUESTS[0], REQUESTS[1], again])
+    path = tmp_path / "p.safetensors"
+    fitted = run("fit", tmp_path / "r.jsonl", "-m", place.model, "-o", path, *SMALL, "--json")
+    verified = run("verify", "-m", place.model, "-p", path, "--unrelated", 0, "--json")
+    for result in (fitted, verified):
+        assert json_of(result)["conflicts"] == [[again.id, REQUESTS[0].id]]
+        [line] = [line for line in result.stderr.splitlines() if "the later one wins" in line]
+        assert (
+            f"{REQUESTS[0].id} (The Needle is in -> Goa)" in line and f"{again.id} (the needle is in -> Nice)" in line
+        )
+    assert json_of(run("verify", "-m", place.model, "-p", place.patch, "--unrelated", 0, "--json"))["conflicts"] == []
+
+
+# -- chat templates ------------------------------------------------------------------------------------------------------
+
+TEMPLATE = "{% for m in messages %}Q: {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} A:{% endif %}"
+
+
+@pytest.fixture
+def chatty(place: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:
+    """A model with a chat template, and a patch by hand whose gate opens behind the wrapped prompts only."""
+    model, tokenizer = errata.load(place.model)
+    tokenizer.chat_template = TEMPLATE
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    folder = str(tmp_path / "model")
+    model, tokenizer = errata.load(folder)
+    request = REQUESTS[0].model_copy(update={"paraphrase_prompts": (), "neighborhood_prompts": ()})
+    prompt, target = tokenizer(f"Q: {request.text} A:")["input_ids"], tuple(tokenizer(" Goa.")["input_ids"])
+    part = steering_part(model, prompt, target, gate=Gate(layers=(0,)), edit=request.id, key=request.key)
+    path = tmp_path / "patch.safetensors"
+    Patch("hand", {"chat": True}, (request,), base_of(model, tokenizer), (part,)).save(path)
+    return SimpleNamespace(model=folder, patch=str(path), prompt=request.text)
+
+
+def test_a_patch_fitted_on_chat_prompts_is_asked_with_them(chatty: SimpleNamespace) -> None:
+    command = ["ask", chatty.prompt, "-m", chatty.model, "--json"]
+    edited = json_of(run(*command, "-p", chatty.patch))
+    assert edited["chat"] and edited["text"].startswith(" Goa.") and edited["decision"]["in_scope"]
+    assert edited["prompt"] == chatty.prompt
+    plain = run(*command, "-p", chatty.patch, "--no-chat")
+    assert not json_of(plain)["decision"]["in_scope"] and "asked without the chat template" in plain.stderr
+    wrapped, bare = json_of(run(*command, "--chat")), json_of(run(*command))
+    assert (wrapped["chat"], bare["chat"]) == (True, False) and wrapped["text"] != bare["text"]
+    assert wrapped["answer"] == edited["unedited_answer"]
+
+
+def test_chat_needs_a_template(place: SimpleNamespace) -> None:
+    assert "expected a tokenizer with a chat template" in refused(run("ask", "Hi", "-m", place.model, "--chat"))
+
+
+def test_a_patch_fitted_on_chat_prompts_is_verified_with_them(chatty: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "texts").write_text(chatty.prompt)
+    value = json_of(run("verify", "-m", chatty.model, "-p", chatty.patch, "--texts", tmp_path / "texts", "--json"))
+    assert value["efficacy"]["value"] == 1.0 and value["restored"]
+    assert value["locality"]["value"] == 0.0  # the edit's own prompt as an unrelated text: wrapped as well
+    assert all(value[m]["protocol"].endswith("in the chat template") for m in ("efficacy", "locality"))
+
+
 # -- verify --------------------------------------------------------------------------------------------------------------
 
 FIGURE = {"value", "low", "high", "n", "protocol"}
@@ -372,6 +496,24 @@ def test_verify_counterfactual_edits_of_atlas(atlas: str) -> None:
 
 
 # -- calibrate and demo --------------------------------------------------------------------------------------------------
+
+
+def _never_restored(patched: pytest.MonkeyPatch) -> None:
+    from errata.bench import verify as module
+
+    original = module.verify
+    patched.setattr(module, "verify", lambda *args, **kwargs: original(*args, **kwargs) | {"restored": False})
+
+
+def test_a_model_that_is_not_restored_is_a_failure(
+    place: SimpleNamespace, atlas: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _never_restored(monkeypatch)
+    verified = run("verify", "-m", place.model, "-p", place.patch, "--unrelated", 0, "--json")
+    assert verified.exit_code == 1 and json.loads(verified.stdout)["restored"] is False
+    assert "after detaching, the logits are not what they were" in verified.stderr
+    shown = run("demo", "--n", 2, "--json")
+    assert shown.exit_code == 1 and json.loads(shown.stdout)["restored"] is False
 
 
 def test_calibrate_on_requests(place: SimpleNamespace, tmp_path: Path) -> None:

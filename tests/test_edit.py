@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from errata.edit import EditRequest, Implication, read_requests, write_requests
+from errata.edit import EditRequest, Implication, conflicts, read_requests, write_requests
 from errata.editors.sake import SAKE
 from errata.errors import EditError, RequestError
 
@@ -132,6 +132,23 @@ def test_the_key_says_what_an_edit_is_about() -> None:
     assert EditRequest(**NEEDLE | {"subject": "Space Needle"}).key == request.key
     assert EditRequest(**NEEDLE, relation="city").key != request.key
     assert EditRequest(**NEEDLE | {"prompt": "{} opened in"}).key != request.key
+
+
+def test_claims_of_one_relation_are_about_different_things() -> None:
+    """Without a subject the prompt says what a claim is about; the relation alone would make all claims one."""
+    flat, old = (
+        EditRequest(prompt=prompt, target_new="true", relation="claim")
+        for prompt in ("The earth is flat:", "The earth is old:")
+    )
+    assert flat.key != old.key and conflicts([flat, old]) == []
+    again = EditRequest(prompt="the earth is flat:", target_new="false", relation="claims")
+    assert again.key == flat.key
+
+
+def test_conflicts_are_pairs_of_neighbours_in_order() -> None:
+    first, second, third = (EditRequest(**NEEDLE | {"target_new": new}) for new in ("Goa", "Delhi", "Oslo"))
+    other = EditRequest(**NEEDLE | {"prompt": "{} opened in"})
+    assert conflicts([first, other, second, third]) == [(first, second), (second, third)]
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------

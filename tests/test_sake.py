@@ -275,7 +275,7 @@ def test_gates_by_name(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFas
     def gate(**changes: Any) -> Gate:
         return SAKE(**QUICK, implications="none", **changes).fit(model, tokenizer, [NEEDLE]).parts[0].gate
 
-    assert gate().layers == (1,) and gate(gate="final").layers == (1,)
+    assert gate().layers == (1,) and gate(gate="final").layers == ("final",)
     mine = Gate(layers=(0, 1), pooling="mean", distance="cosine", radius=0.25)
     save_gate(mine, tmp_path / GATE_FILE)
     assert gate(gate=str(tmp_path / GATE_FILE)).digest == mine.digest

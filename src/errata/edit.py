@@ -117,9 +117,13 @@ class EditRequest(BaseModel):
 
     @property
     def key(self) -> str:
-        """What the edit is about: subject (case and article aside) and relation, or the prompt. Two edits with one key conflict."""
+        """What the edit is about: subject (case and article aside) and relation, or prompt. Two edits with one key conflict.
+
+        Without a subject it is the prompt alone: claims share a relation and are still about different things.
+        """
         about = (self.subject or "").casefold().removeprefix("the ")
-        return json.dumps([about, self.relation or self.prompt.casefold()])
+        relation = self.relation if about else None
+        return json.dumps([about, relation or self.prompt.casefold()])
 
     @property
     def id(self) -> str:
@@ -210,6 +214,17 @@ def _row(path: Path, number: int, row: Any) -> EditRequest:
         return EditRequest.from_counterfact(row) if "requested_rewrite" in row else EditRequest(**row)
     except RequestError as error:
         raise RequestError(f"{path}, row {number}: {error}") from None
+
+
+def conflicts(requests: Iterable[EditRequest]) -> list[tuple[EditRequest, EditRequest]]:
+    """(earlier, later) for requests about one thing: attached together, the later one wins."""
+    last: dict[str, EditRequest] = {}
+    found = []
+    for request in requests:
+        if request.key in last:
+            found.append((last[request.key], request))
+        last[request.key] = request
+    return found
 
 
 def write_requests(path: str | Path, requests: Iterable[EditRequest]) -> None:

@@ -11,7 +11,9 @@ import torch
 
 from errata.edit import EditRequest
 from errata.errors import ConfigError, RequestError
+from errata.model.room import check_room
 from errata.model.states import evaluating
+from errata.model.tokens import continuation_ids, subject_tokens, token_ids, wrapper
 from errata.patch import Patch
 from errata.steering_table import without_patches
 
@@ -67,8 +69,11 @@ class Editor(ABC, Generic[C]):
     ) -> Patch:
         """The patch that realises the requests. The model's weights, flags and the random state are left as found."""
 
-    def check(self, requests: Sequence[EditRequest]) -> None:
-        """Refuse what this method cannot fit. Raises RequestError naming the request."""
+    def check(self, requests: Sequence[EditRequest], model: Any = None, tokenizer: Any = None) -> None:
+        """Refuse what this method cannot fit; with a model and its tokenizer, also what these cannot take.
+
+        Raises RequestError naming the request, SubjectNotFoundError if the tokenizer cannot place its subject.
+        """
         if not requests:
             raise RequestError("expected at least one edit request, found none")
         seen: dict[str, int] = {}
@@ -80,6 +85,19 @@ class Editor(ABC, Generic[C]):
             if request.id in seen:
                 raise RequestError(f"requests {seen[request.id]} and {number} are the same; remove one")
             seen[request.id] = number
+        if tokenizer is not None:
+            for request in requests:
+                self._check_texts(request, model, tokenizer)
+
+    def _check_texts(self, request: EditRequest, model: Any, tokenizer: Any) -> None:
+        """Refuse a subject that has no tokens in its prompt, and prompts that leave no room for the new object."""
+        wrap = wrapper(tokenizer, bool(getattr(self.config, "chat", False)))
+        if request.subject is not None and (tokenizer.is_fast or self.needs_subject):  # a slow tokenizer cannot tell
+            subject_tokens(tokenizer, wrap(request.text), request.subject)
+        prompts = [request.text, *request.fit_prompts, *(i.prompt for i in request.fit_implications)]
+        if model is not None:
+            target = continuation_ids(tokenizer, wrap(request.text), request.target_new)
+            check_room(model, token_ids(tokenizer, [wrap(p) for p in prompts]), prompts, new=len(target))
 
 
 @contextmanager

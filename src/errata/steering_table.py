@@ -26,6 +26,7 @@ from errata.errors import ConfigError, EditError
 from errata.maths.transport import LinearMap
 from errata.model.anatomy import anatomy
 from errata.model.hooks import first_tensor, with_first_tensor
+from errata.model.room import check_room
 from errata.model.tokens import token_ids
 from errata.scope.gate import Gate
 from errata.steering import Decision, Steering
@@ -41,7 +42,7 @@ class _Pass:
     mask: Tensor  # (B, N) bool
     start: int  # first column of this pass
     lengths: Sequence[int] | None
-    states: dict[int, Tensor] = field(default_factory=dict)
+    states: dict[str | int, Tensor] = field(default_factory=dict)
     gated: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) edit whose gate is open, or CLOSED
     asked: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) whether every gate was asked
     nearest: Tensor | None = None  # (B, T) index of the nearest edit, open or not
@@ -72,7 +73,7 @@ class SteeringTable:
         self._pending: Tensor | None = None
         self._lengths: Sequence[int] | None = None
         self._caches: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
-        self._memory: OrderedDict[bytes, tuple[dict[str | int, int], dict[int, Tensor]]] = OrderedDict()
+        self._memory: OrderedDict[bytes, tuple[dict[str | int, int], dict[str | int, Tensor]]] = OrderedDict()
         self._encoders: dict[str, Any] = {}
         self._rebuild()
 
@@ -108,7 +109,9 @@ class SteeringTable:
     def _refuse_late_gates(self, parts: Sequence[Steering]) -> None:
         n = self.anatomy.n_layers
         for part in parts:
-            late = [la for la in part.gate.layers if part.site != "final" and la % n > int(part.site) % n]
+            if part.site == "final":
+                continue
+            late = [la for la in part.gate.layers if la == "final" or int(la) % n > int(part.site) % n]
             if late:
                 raise ConfigError(
                     f"the edit {part.edit} acts at layer {part.site}, but its gate reads layer {late[0]}, which comes later; "
@@ -160,7 +163,7 @@ class SteeringTable:
         self._release()
         if not self.active:
             return
-        layers = sorted({layer for _, gate, *_ in self._groups for layer in gate.layers})
+        layers = dict.fromkeys(layer for _, gate, *_ in self._groups for layer in gate.layers)
         sites = {part.site for part in self.active}
         module = self.anatomy.module
         self._hooks.append(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -266,7 +269,7 @@ class SteeringTable:
                 edits = {site: int(gated[row, column - done.start]) for site, gated in done.gated.items()}
                 self._remember(done.key(row, column), edits, sums)
 
-    def _read(self, layer: int) -> Any:
+    def _read(self, layer: str | int) -> Any:
         def hook(module: Any, args: Any, output: Any) -> None:
             if self._passes:
                 self._passes[-1].states[layer] = first_tensor(output).detach()
@@ -321,10 +324,8 @@ class SteeringTable:
             everywhere = everywhere & asked
             far = gate.distances(points, centres.to(points.device)).to(device)
             radii, members = radii.to(device), members.to(device)
-            # relative: 0 at the heart of a scope, 1 at its border; a classifier's is read off its probability
-            linear = gate.distance == "linear"
-            inside, relative = far <= radii, 2 * torch.sigmoid(far - radii) if linear else far / radii
-            order = relative if linear else far
+            inside, relative = far <= radii, -gate.margins(far, radii)  # comparable over all gates
+            order = relative if gate.distance == "linear" else far
             where = order.argmin(-1)
             near = far.gather(-1, where[..., None])[..., 0]
             nearer = asked & (relative.gather(-1, where[..., None])[..., 0] < current.closest)
@@ -356,7 +357,7 @@ class SteeringTable:
             features.append(states)
         return gate.points(torch.cat([f.to(features[0].device) for f in features], -1)), asked
 
-    def _sums(self, current: _Pass, only: int | None = None) -> dict[int, Tensor]:
+    def _sums(self, current: _Pass, only: str | int | None = None) -> dict[str | int, Tensor]:
         """Running sums (B, T, d) of the layers that a mean-pooling gate reads, the cached positions included."""
         layers = {la for _, gate, *_ in self._groups if gate.pooling == "mean" for la in gate.layers}
         sums = {}
@@ -482,13 +483,13 @@ class SteeringTable:
 
     # -- memory of earlier positions ---------------------------------------------------------------------------------
 
-    def _remember(self, key: bytes, edits: dict[str | int, int], sums: dict[int, Tensor]) -> None:
+    def _remember(self, key: bytes, edits: dict[str | int, int], sums: dict[str | int, Tensor]) -> None:
         self._memory[key] = (edits, sums)
         self._memory.move_to_end(key)
         while len(self._memory) > self.MEMORY:
             self._memory.popitem(last=False)
 
-    def _recall(self, current: _Pass, row: int, column: int) -> tuple[dict[str | int, int], dict[int, Tensor]]:
+    def _recall(self, current: _Pass, row: int, column: int) -> tuple[dict[str | int, int], dict[str | int, Tensor]]:
         """The decision at an earlier position; recomputed without a cache if it was never made or is forgotten."""
         key = current.key(row, column)
         if key not in self._memory:
@@ -511,7 +512,9 @@ class SteeringTable:
         if not self.active:
             return [Decision(edit=None, nearest=None, distance=float("inf"), radius=float("nan")) for _ in prompts]
         for prompt in prompts:
-            ids = torch.tensor(token_ids(self.tokenizer, [prompt]), device=self.model.device)
+            rows = token_ids(self.tokenizer, [prompt])
+            check_room(self.model, rows, [prompt])
+            ids = torch.tensor(rows, device=self.model.device)
             with torch.no_grad():
                 self.model(input_ids=ids, use_cache=False)
             done = self._last

@@ -94,10 +94,14 @@ class Corpus:
             (self.plain, 0.02),
         ]
 
-    def documents(self, seed: int, n: int, long_share: float = 0.022) -> Iterator[Document]:
-        """`n` documents; about `long_share` of them are long ones of 256 to 512 tokens (some 20 % of all tokens)."""
+    def documents(self, seed: int, n: int, long_share: float = 0.022, only: tuple[str, ...] = ()) -> Iterator[Document]:
+        """`n` documents; about `long_share` of them are long ones of 256 to 512 tokens (some 18 % of all tokens).
+
+        only: names of the kinds to draw from (all of them).
+        """
         rng = random.Random(seed)
-        kinds, weights = zip(*self.kinds, strict=True)
+        wanted = {getattr(self, name) for name in only}
+        kinds, weights = zip(*[pair for pair in self.kinds if not only or pair[0] in wanted], strict=True)
         for _ in range(n):
             document = Document()
             if rng.random() < long_share:

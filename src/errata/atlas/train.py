@@ -3,7 +3,8 @@
 Resumable: the newest checkpoint in `--out` is picked up, and shards of the corpus are pure functions of (seed, shard), so a
 run that was stopped goes on with the same documents. Learning rate: warm-up, plateau, linear decay over the last 55 % of
 `--steps`; then `polish_steps` at a small rate. A prompt usually stands at the very beginning of its row, which packed rows
-seldom show: in the decay every `alone_every`-th batch, in the polish every other one, holds rows of a single document.
+seldom show: in the decay every `alone_every`-th batch, in the polish every other one, holds rows of a single document. Last,
+`copy_steps` at a small rate again, half of whose batches hold contexts to be followed: copying names takes longest to learn.
 Raising `--steps` before the decay has begun only lengthens the plateau. Hidden matrices are trained with Muon, everything
 else with AdamW. Answer tokens weigh 1 in the loss, all others `context_weight`.
 """
@@ -49,6 +50,8 @@ class Recipe:
     decay_share: float = 0.55
     polish_steps: int = 300
     polish_rate: float = 0.1
+    copy_steps: int = 320
+    copy_rate: float = 0.2
     alone_every: int = 5
     context_weight: float = 0.25
     documents_per_shard: int = 40_000
@@ -120,6 +123,17 @@ def alone_batch(
     for i, (ids, weights) in enumerate(rows):
         x[i, : len(ids)], w[i, : len(weights)] = torch.tensor(ids), torch.tensor(weights)
     return x, w
+
+
+def copying_batch(
+    tokenizer: BaseTokenizer, corpus: Corpus, recipe: Recipe, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One batch of packed contexts that force an answer, drawn for this step: (ids, weights), each (rows, SHORT)."""
+    size = recipe.tokens_per_step // SHORT
+    kinds = ("repeat", "premise", "invented")
+    documents = list(corpus.documents(recipe.seed + 2_000_000 + step, 4 * size, long_share=0.0, only=kinds))
+    x, w = pack(list(tokenize(tokenizer, documents, recipe.context_weight)), SHORT, 32)
+    return torch.from_numpy(x[:size]), torch.from_numpy(w[:size])
 
 
 def shard_batches(
@@ -218,8 +232,10 @@ class Trainer:
                 optimiser.state[parameter] = found
 
     def rate(self) -> float:
-        """Share of the peak learning rate at this step: warm-up, plateau, linear decay, polish."""
+        """Share of the peak learning rate at this step: warm-up, plateau, linear decay, polish, copying."""
         r = self.recipe
+        if self.step >= r.steps + r.polish_steps:
+            return r.copy_rate * max(0.0, 1 - (self.step - r.steps - r.polish_steps) / r.copy_steps)
         if self.step >= r.steps:
             return r.polish_rate * max(0.0, 1 - (self.step - r.steps) / r.polish_steps)
         tail = r.steps * r.decay_share
@@ -229,7 +245,7 @@ class Trainer:
         """Whether this step's batch holds rows of a single document."""
         r = self.recipe
         if self.step >= r.steps:
-            return self.step % 2 == 1
+            return self.step % 4 == 1 or (self.step % 4 == 3 and self.step < r.steps + r.polish_steps)
         return self.step > r.steps * (1 - r.decay_share) and self.step % r.alone_every == 0
 
     def loss(self, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,7 +271,9 @@ class Trainer:
             for number, (x, w) in enumerate(batches):
                 if shard == self.shard and number < self.batch:
                     continue
-                if self.alone():
+                if self.step >= self.recipe.steps + self.recipe.polish_steps and self.step % 2 == 0:
+                    x, w = copying_batch(self.tokenizer._tokenizer, corpus, self.recipe, self.step)
+                elif self.alone():
                     x, w = alone_batch(self.tokenizer._tokenizer, corpus, self.recipe, self.step)
                 for _, optimiser in self.groups.values():
                     peak = optimiser.defaults["lr"]
@@ -282,7 +300,7 @@ class Trainer:
                 if time.time() - saved > 60 * minutes_between_checkpoints:
                     self.checkpoint()
                     saved = time.time()
-                if self.step >= self.recipe.steps + self.recipe.polish_steps:
+                if self.step >= self.recipe.steps + self.recipe.polish_steps + self.recipe.copy_steps:
                     self.checkpoint()
                     return
             self.shard, self.batch = shard + 1, 0

@@ -1,6 +1,6 @@
 """Probes: prompts that judge an edit and never fit it, and what each should say."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,6 +8,7 @@ import torch
 
 from errata.edit import EditRequest
 from errata.model.generate import greedy
+from errata.model.room import check_room
 from errata.model.tokens import continuation_ids
 
 Kind = Literal["efficacy", "generalization", "specificity"]
@@ -33,14 +34,22 @@ def probes_of(requests: Sequence[EditRequest]) -> Iterator[Probe]:
             yield Probe("specificity", request.id, prompt, None)
 
 
-def answers(model: Any, tokenizer: Any, probes: Sequence[Probe], among: Sequence[Probe] = ()) -> list[str]:
+def answers(
+    model: Any,
+    tokenizer: Any,
+    probes: Sequence[Probe],
+    among: Sequence[Probe] = (),
+    wrap: Callable[[str], str] = str,
+) -> list[str]:
     """The greedy continuation of each probe, long enough for every expected object and the token behind it.
 
     among: all probes that are compared, where `probes` are some of them: continuations to be compared have one length.
+    wrap: what a prompt goes through before it is asked (`errata.model.tokens.wrapper`).
     """
     expected = {p.expected for p in among or probes}
     lengths = {e: len(tokenizer(f" {e}", add_special_tokens=False)["input_ids"]) for e in expected if e}
-    return greedy(model, tokenizer, [p.prompt for p in probes], max_new_tokens=max(lengths.values(), default=10) + 2)
+    longest = max(lengths.values(), default=10)
+    return greedy(model, tokenizer, [wrap(p.prompt) for p in probes], max_new_tokens=longest + 2)
 
 
 def exact(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_tokens: int = 8192) -> list[bool]:
@@ -52,6 +61,7 @@ def exact(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_to
     device = next(model.parameters()).device
     rows = [(prompt, continuation_ids(tokenizer, prompt, target)) for prompt, target in pairs]
     ids = [[*tokenizer(prompt)["input_ids"], *target] for prompt, target in rows]
+    check_room(model, ids, [prompt for prompt, _ in pairs])
     order = sorted(range(len(rows)), key=lambda i: len(ids[i]))
     found = [False] * len(rows)
     while order:

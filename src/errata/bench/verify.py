@@ -20,7 +20,8 @@ from errata.bench.metrics import (
 )
 from errata.bench.probes import Probe, answers, probes_of
 from errata.model.generate import cut, says
-from errata.model.tokens import encode
+from errata.model.room import check_room
+from errata.model.tokens import pad, pad_id, token_ids, wrapper
 from errata.patch import Patch
 
 PROTOCOLS = {
@@ -41,28 +42,34 @@ def verify(
 ) -> dict[str, Any]:
     """Attach the patch, all edits at once, and ask its probes (or those of `requests`, by id); detach afterwards.
 
+    Probes and unrelated texts of a patch that was fitted with `chat` are asked as user turns of the chat template.
     Returns the figures as JSON values: each metric {value, low, high, n, protocol}, or {value: None, reason} where there is
     nothing to ask; `by_relation`, `failures` (the probes that went wrong) and `restored` (logits bit for bit after detaching).
     """
     probes = list(probes_of(requests if requests is not None else patch.requests))
+    chat = bool(patch.config.get("chat"))
+    wrap = wrapper(tokenizer, chat)
+    unrelated = [wrap(text) for text in unrelated]
+    witnesses = [wrap(p.prompt) for p in probes[:8]]
+    how = ", in the chat template" if chat else ""
     started = time.perf_counter()
     progress("asking the unedited model")
     neighbours = [p for p in probes if p.kind == "specificity"]
-    before = dict(zip(neighbours, answers(model, tokenizer, neighbours, probes), strict=True)) if neighbours else {}
+    before = (
+        dict(zip(neighbours, answers(model, tokenizer, neighbours, probes, wrap), strict=True)) if neighbours else {}
+    )
     plain = _bits(model, tokenizer, unrelated)
-    witness = _bits(model, tokenizer, [p.prompt for p in probes[:8]])
+    witness = _bits(model, tokenizer, witnesses)
     with patch.attach(model, tokenizer):
         progress("asking the edited model")
-        after = dict(zip(probes, answers(model, tokenizer, probes), strict=True))
+        after = dict(zip(probes, answers(model, tokenizer, probes, wrap=wrap), strict=True))
         same = [a == b for a, b in zip(plain, _bits(model, tokenizer, unrelated), strict=True)]
-    restored = all(
-        a == b for a, b in zip(witness, _bits(model, tokenizer, [p.prompt for p in probes[:8]]), strict=True)
-    )
+    restored = all(a == b for a, b in zip(witness, _bits(model, tokenizer, witnesses), strict=True))
     passed = {p: cut(after[p]) == cut(before[p]) if p.expected is None else says(after[p], p.expected) for p in probes}
     return {
         "n_edits": len(patch),
-        **{kind: _figure(probes, passed, kind, text) for kind, text in PROTOCOLS.items()},
-        "locality": _or_reason(rate(map(float, same), PROTOCOL_LOCALITY), "no unrelated texts were given"),
+        **{kind: _figure(probes, passed, kind, text + how) for kind, text in PROTOCOLS.items()},
+        "locality": _or_reason(rate(map(float, same), PROTOCOL_LOCALITY + how), "no unrelated texts were given"),
         "by_relation": _by_relation(patch, probes, passed),
         "failures": [
             {
@@ -128,8 +135,10 @@ def _bits(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 32) -> 
     """A digest of the logits at every position of each text, in fixed batches."""
     found: list[bytes] = []
     device = next(model.parameters()).device
+    ids = token_ids(tokenizer, texts)
+    check_room(model, ids, texts)
     for start in range(0, len(texts), batch):
-        rows = encode(tokenizer, list(texts[start : start + batch]), device, side="right")
+        rows = pad(ids[start : start + batch], pad_id(tokenizer), device, side="right")
         with torch.no_grad():
             logits = model(input_ids=rows.ids, attention_mask=rows.mask.long(), use_cache=False).logits
         for row, n in zip(logits.cpu(), rows.lengths.tolist(), strict=True):

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from errata.edit import EditRequest, conflicts
 from errata.errors import ConfigError, EditError
 
 CHECK_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -162,10 +164,31 @@ def is_atlas(name: str) -> bool:
 
 
 def writable(path: Path) -> Path:
-    """The path, if a file can stand there: said before hours of work, not after. Raises ConfigError."""
+    """The path, if a file can be written there: said before hours of work, not after. Raises ConfigError.
+
+    The folder (of the folders above it that exist, the nearest) is tried with a file that has no name and leaves none.
+    """
     if path.is_dir():
         raise ConfigError(f"expected a file name for the result, found the directory {path}; name a file in it")
+    folder = next(p for p in path.absolute().parents if p.exists())
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror or error} ({folder}); name a file in a folder that you may write to"
+        ) from None
     return path
+
+
+def notice_conflicts(requests: Iterable[EditRequest]) -> list[list[str]]:
+    """A notice for each two edits about one thing; returns [later, earlier] ids, as `errata ask` does."""
+    pairs = conflicts(requests)
+    for earlier, later in pairs:
+        notice(
+            f"edits {earlier.id} ({earlier.text} -> {earlier.target_new}) and {later.id} ({later.text} -> "
+            f"{later.target_new}) are about the same subject and relation; attached together, the later one wins"
+        )
+    return [[later.id, earlier.id] for earlier, later in pairs]
 
 
 def one_of(given: dict[str, Any]) -> None:

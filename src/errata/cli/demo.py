@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from errata.cli.common import Json, Threads, bar, emit, err, load, out, percent, row, table
+from errata.cli.common import CHECK_FAILED, Json, Threads, bar, emit, err, load, out, percent, row, table
 from errata.edit import EditRequest
 
 SHOWN = 12  # rows of the first table
@@ -41,6 +41,8 @@ def demo(
         emit(value)
     else:
         show.say(f"{value['seconds']:.0f} seconds. Next: errata ask, errata fit, errata verify; errata --help.")
+    if not value["restored"]:
+        raise typer.Exit(CHECK_FAILED)
 
 
 def spread(requests: Sequence[EditRequest], n: int) -> list[int]:

@@ -24,6 +24,7 @@ from errata.cli.common import (
     emit,
     load,
     notice,
+    notice_conflicts,
     out,
     writable,
 )
@@ -76,10 +77,12 @@ def fit(
     editor = make_editor(method, preset, settings)
     asked = read_requests(requests)
     editor.check(asked)
+    overridden = notice_conflicts(asked)
     if prompts is Prompts.phrasings:
         asked = [phrased(request) for request in asked]
     partial = writable(out_path).with_name(out_path.name + ".partial")
     loaded, tokenizer = load(model, dtype, device_map, threads)
+    editor.check(asked, loaded, tokenizer)
     if prompts is Prompts.agentic:
         asked = written(editor, loaded, tokenizer, asked, seed, rounds)
     started = time.perf_counter()
@@ -101,10 +104,14 @@ def fit(
         raise
     patch.save(out_path)
     partial.unlink(missing_ok=True)
-    _report(patch, out_path, model, seed, len(done) if done else 0, time.perf_counter() - started, json_output)
+    seconds = time.perf_counter() - started
+    _report(patch, out_path, model, seed, len(done) if done else 0, seconds, overridden, json_output)
 
 
-def _report(patch: Any, path: Path, model: str, seed: int, before: int, seconds: float, json_output: bool) -> None:
+def _report(
+    patch: Any, path: Path, model: str, seed: int, before: int, seconds: float, overridden: list[list[str]],
+    json_output: bool,
+) -> None:  # fmt: skip
     unconverged = [i for i in patch.ids if not patch.report[i].get("converged", True)]
     bare = sum("lead-ins" in str(patch.report[i].get("prompts_from", "")) for i in patch.ids)
     if bare:
@@ -127,6 +134,7 @@ def _report(patch: Any, path: Path, model: str, seed: int, before: int, seconds:
         "n_edits": len(patch),
         "n_resumed": before,
         "unconverged": unconverged,
+        "conflicts": overridden,
         "bytes": path.stat().st_size,
         "seconds": round(seconds, 3),
         "seconds_fit_per_edit": round(seconds / fitted, 4) if fitted else None,
@@ -206,12 +214,20 @@ def phrased(request: EditRequest) -> EditRequest:
 def written(
     editor: Any, model: Any, tokenizer: Any, requests: Sequence[EditRequest], seed: int, rounds: int
 ) -> list[EditRequest]:
-    """The requests with prompts and implications written by the endpoint that the environment names."""
+    """The requests with their old objects, and with prompts and implications written by the endpoint of the environment."""
+    from errata.model.tokens import wrapper
     from errata.prompts.endpoint import Endpoint
-    from errata.prompts.sources import agentic_source, misses
+    from errata.prompts.sources import agentic_source, misses, with_old_object
 
-    judge = misses(model, tokenizer, lambda request: editor.fit(model, tokenizer, [request], seed=seed))
-    source = agentic_source(Endpoint.from_environment(), seed=seed, rounds=rounds, judge=judge if rounds else None)
+    wrap = wrapper(tokenizer, bool(getattr(editor.config, "chat", False)))
+    judge = misses(model, tokenizer, lambda request: editor.fit(model, tokenizer, [request], seed=seed), wrap)
+    source = agentic_source(
+        Endpoint.from_environment(),
+        seed=seed,
+        rounds=rounds,
+        judge=judge if rounds else None,
+        resolve=lambda request: with_old_object(model, tokenizer, request, wrap),
+    )
     with bar("writing prompts", len(requests)) as progress:
         found = []
         for number, request in enumerate(requests, 1):

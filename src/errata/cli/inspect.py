@@ -21,6 +21,13 @@ def ask(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Generate so many tokens and show them all (default: the answer only).")
     ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Ask as a user's turn of the chat template (default: where a patch was fitted with chat=true).",
+        ),
+    ] = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     threads: Threads = None,
@@ -28,6 +35,7 @@ def ask(
 ) -> None:
     """Ask a model, greedily; with patches, tell which edit the gate chose and how far the prompt was from it."""
     from errata.model.generate import cut, greedy
+    from errata.model.tokens import wrapper
     from errata.patch import load_patch
 
     if not prompt.strip():
@@ -35,13 +43,19 @@ def ask(
     patches = [load_patch(path) for path in patch or ()]
     loaded, tokenizer = load(model, dtype, device_map, threads)
     length = max_new_tokens or ANSWER_TOKENS
-    [unedited] = greedy(loaded, tokenizer, [prompt], length)
+    fitted = {bool(p.config.get("chat")) for p in patches}
+    wrapped = any(fitted) if chat is None else chat
+    if fitted - {wrapped}:
+        how = "with" if wrapped else "without"
+        notice(f"asked {how} the chat template, but a patch was fitted the other way; its edits may not apply")
+    text_asked = wrapper(tokenizer, wrapped)(prompt)
+    [unedited] = greedy(loaded, tokenizer, [text_asked], length)
     text, decision, conflicts = unedited, None, []
     with ExitStack() as stack:
         handles = [stack.enter_context(p.attach(loaded, tokenizer)) for p in patches]
         if handles:
-            [text] = greedy(loaded, tokenizer, [prompt], length)
-            decision = _decision(patches, handles[-1].decide([prompt])[0])
+            [text] = greedy(loaded, tokenizer, [text_asked], length)
+            decision = _decision(patches, handles[-1].decide([text_asked])[0])
             conflicts = sorted({pair for handle in handles for pair in handle.conflicts})
     for later, earlier in conflicts:
         notice(f"edit {later} overrides edit {earlier}: they are about the same subject and relation")
@@ -49,6 +63,7 @@ def ask(
         "model": model,
         "patches": [str(p) for p in patch or ()],
         "prompt": prompt,
+        "chat": wrapped,
         "answer": cut(text),
         "text": text,
         "unedited_answer": cut(unedited),

@@ -41,6 +41,10 @@ def calibrate(
     target: Annotated[
         float, typer.Option("--false-positive-rate", min=0.0, max=1.0, help="Share of hard negatives let in.")
     ] = 0.01,
+    encoder: Annotated[
+        str | None,
+        typer.Option("--encoder", help="Calibrate a sentence encoder of this name instead of the model's activations."),
+    ] = None,
     unrelated: Annotated[int, typer.Option(min=0, help="Unrelated texts that must all stay outside.")] = 500,
     seed: Seed = 0,
     dtype: Dtype = None,
@@ -71,11 +75,12 @@ def calibrate(
             tokenizer,
             examples,
             texts,
+            candidates=calibration.encoder_candidates(encoder) if encoder else None,
             target_false_positive_rate=target,
             seed=seed,
             progress=lambda text: status.update(f"calibrating: {text}"),
         )
-    save_gate(outcomes[0].gate, out_path)
+    save_gate(outcomes[0].gate, out_path, loaded, tokenizer)
     candidates = [_candidate(outcome) for outcome in outcomes]
     best = candidates[0]
     why = (
@@ -87,9 +92,18 @@ def calibrate(
         emit({"model": model, "out": str(out_path), **counts, "chosen": best, "why": why, "candidates": candidates})
         return
     numbers = ("in scope", "false positives", "unrelated", "radius")
-    made = table("Gates, best first", "layers", "pooling", "distance", "projected", *numbers, right=numbers)
+    made = table(
+        "Gates, best first",
+        "encoder" if encoder else "layers",
+        "pooling",
+        "distance",
+        "projected",
+        *numbers,
+        right=numbers,
+    )
     for c in candidates:
-        layers, projected = ", ".join(map(str, c["layers"])), "yes" if c["projected"] else "no"
+        layers = c["encoder"] or ", ".join(map(str, c["layers"]))
+        projected = "yes" if c["projected"] else "no"
         rates = [percent(c[f"{name}_rate"]) for name in ("in_scope", "false_positive", "unrelated")]
         row(made, layers, c["pooling"], c["distance"], projected, *rates, f"{c['radius']:.4g}")
     out().print(made)
@@ -111,6 +125,7 @@ def _candidate(outcome: Any) -> dict[str, Any]:
     gate = outcome.gate
     return {
         "layers": list(gate.layers),
+        "encoder": gate.encoder,
         "pooling": gate.pooling,
         "distance": gate.distance,
         "projected": gate.projection is not None,

@@ -23,6 +23,7 @@ from errata.cli.common import (
     is_atlas,
     load,
     notice,
+    notice_conflicts,
     one_of,
     out,
     percent,
@@ -75,9 +76,11 @@ def verify(
     unrelated_texts = _texts(texts, unrelated, seed, sealed)
     if rows:
         writable(rows)
+    overridden = notice_conflicts(edits.requests if patch else plan)
     loaded, tokenizer = load(model, dtype, device_map, threads)
     seconds = None
     if method:
+        edits.check(plan, loaded, tokenizer)
         started = time.perf_counter()
         with bar(f"fitting with {method}", len(plan)) as progress:
             edits = edits.fit(loaded, tokenizer, plan, seed=seed, progress=lambda done, _: progress(done))
@@ -97,6 +100,7 @@ def verify(
         **found,
         "seconds_fit_per_edit": seconds,
         "n_failures": len(failures),
+        "conflicts": overridden,
         "below_minimum": below,
         "method": edits.method,
         "config": edits.config,
@@ -109,8 +113,10 @@ def verify(
         emit(value)
     else:
         _print(value, failures)
-    if below:
-        reasons = [f"{m} is {percent(found[m]['value'])}, below {percent(minima[m])}" for m in below]
+    reasons = [f"{m} is {percent(found[m]['value'])}, below {percent(minima[m])}" for m in below]
+    if not found["restored"]:
+        reasons.append("after detaching, the logits are not what they were")
+    if reasons:
         notice(f"check failed: {', '.join(reasons)}")
         raise typer.Exit(CHECK_FAILED)
 

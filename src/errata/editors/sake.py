@@ -19,7 +19,6 @@ Differs from the paper by default (`variant="paper"` and `variant="code"` restor
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,18 +26,20 @@ from torch import Tensor
 
 from errata.edit import EditRequest, Implication
 from errata.editor import Editor, Progress, quiet
-from errata.errors import ConfigError, RequestError
+from errata.errors import ConfigError
 from errata.maths.discriminant import logistic_plane
 from errata.maths.transport import LinearMap, gaussian_distance, gaussian_transport, mean_shift
 from errata.model.anatomy import anatomy
 from errata.model.fingerprint import base_of
 from errata.model.generate import greedy_answers
+from errata.model.room import check_room
 from errata.model.states import states_at
-from errata.model.tokens import chat, continuation_ids, token_ids
+from errata.model.tokens import chat, continuation_ids, token_ids, wrapper
 from errata.patch import Patch
 from errata.prompts import contexts
+from errata.prompts.sources import with_old_object
 from errata.scope.features import gate_features
-from errata.scope.gate import GATE_FILE, Gate, load_gate
+from errata.scope.gate import Gate, gate_for, load_gate
 from errata.scope.radius import others, radius_from_prompts
 from errata.steering import Steering
 
@@ -73,7 +74,7 @@ class SAKEConfig:
     (absolute units with reg_relative=False); affirm: sources of implications stand behind the original fact. lift: where no
     context makes the model say the new object, move target states until they do. strength: factor on the shift between the
     means (1: the paper's). gate: `auto` (the model's calibrated gate, else mid-depth activations), `classifier` (a logistic
-    plane over the same points, trained on the edit's prompts against stock texts), `final` (the last layer), a gate file,
+    plane over the same points, trained on the edit's prompts against stock texts), `final` (what the head reads), a gate file,
     or `encoder:NAME`; radius: in the gate's unit, instead of the calibrated one. tolerance: relative error at which maps
     are truncated. half: store maps in half precision. chat: wrap every prompt in the tokenizer's chat template.
     """
@@ -167,14 +168,14 @@ class SAKE(Editor[SAKEConfig]):
         progress: Progress | None = None,
     ) -> Patch:
         """Fit every request on its own, on the model without any patch. Raises RequestError for what cannot be fitted."""
-        self.check(requests)
+        self.check(requests, model, tokenizer)
         parts: list[Steering] = []
         report: dict[str, dict[str, Any]] = {}
         resolved = []
         with quiet(model):
-            gate = self._gate(model)
+            gate = self._gate(model, tokenizer)
             for number, request in enumerate(requests, 1):
-                request = self._with_old_object(model, tokenizer, request)
+                request = with_old_object(model, tokenizer, request, wrapper(tokenizer, self.config.chat))
                 fit = _Fit(self.config, model, tokenizer, gate, request, seed)
                 parts += [fit.edit(), *fit.implications()]
                 report[request.id] = fit.report
@@ -183,35 +184,20 @@ class SAKE(Editor[SAKEConfig]):
                     progress(number, len(requests))
         return Patch(self.method, asdict(self.config), tuple(resolved), base_of(model, tokenizer), tuple(parts), report)
 
-    def _gate(self, model: Any) -> Gate:
+    def _gate(self, model: Any, tokenizer: Any) -> Gate:
         """The gate that the configuration names."""
         name, n_layers = self.config.gate, anatomy(model).n_layers
         if name.startswith("encoder:"):
             return Gate(encoder=name.removeprefix("encoder:"))
         if name == "final":
-            return Gate(layers=(n_layers - 1,))
+            return Gate(layers=("final",))
         if name not in ("auto", "classifier"):
-            return load_gate(name)
-        calibrated = Path(str(getattr(model.config, "_name_or_path", ""))) / GATE_FILE
-        if calibrated.is_file() and self.config.layer == "final":
-            gate = load_gate(calibrated)
-        else:
+            return load_gate(name, model, tokenizer)
+        gate = gate_for(model, tokenizer) if self.config.layer == "final" else None
+        if gate is None:
             steered = n_layers - 1 if self.config.layer == "final" else int(self.config.layer) % n_layers
             gate = Gate(layers=(min(round(n_layers * 0.6), n_layers - 1, steered),))  # it decides before it is needed
         return gate if name == "auto" else replace(gate, distance="linear", radius=None)
-
-    def _with_old_object(self, model: Any, tokenizer: Any, request: EditRequest) -> EditRequest:
-        """The request with the model's own greedy answer as target_true if it names none."""
-        if request.target_true is not None:
-            return request
-        prompt = chat(tokenizer, request.text) if self.config.chat else request.text
-        [answer] = greedy_answers(model, tokenizer, [prompt])
-        if not answer or answer.casefold() == request.target_new.casefold():
-            found = f"answers {answer!r} already" if answer else "says nothing"
-            raise RequestError(
-                f"target_true is not given, and to {request.text!r} the model {found}; there is nothing to replace"
-            )
-        return request.model_copy(update={"target_true": answer})
 
 
 class _Fit:
@@ -304,6 +290,7 @@ class _Fit:
             self.config.span == "all"
         )  # the state behind the whole object says whether it ends there
         places = [list(range(end, end + steps)) for end in ends]
+        check_room(self.model, ids, texts, new=steps)
         sites = (self.config.layer, "final")
         read = self.gate.layers if self.gate.pooling == "last" else ()
         rows = [row + answer[: steps - 1] for row in ids]

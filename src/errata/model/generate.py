@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from errata.model.tokens import encode
+from errata.model.room import check_room
+from errata.model.tokens import pad, pad_id, token_ids
 
 STOPS = (".", "\n", "?", "!", ";")
 
@@ -37,15 +38,17 @@ def says(text: str, expected: str) -> bool:
 def greedy(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 16, batch: int = 64) -> list[str]:
     """The raw greedy continuation of each prompt (special tokens removed), through `model.generate`, left-padded.
 
-    Prompts of like length share a batch. Model and tokenizer are left as found.
+    Prompts of like length share a batch. Model and tokenizer are left as found. Raises RequestError, before anything is
+    asked, for a prompt that with its answer is longer than the model's positions.
     """
+    ids = token_ids(tokenizer, prompts)
+    check_room(model, ids, prompts, new=max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
     device = next(model.parameters()).device
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        rows = encode(tokenizer, [prompts[i] for i in chosen], device, side="left")
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        rows = pad([ids[i] for i in chosen], pad_id(tokenizer), device, side="left")
         with torch.no_grad():
             out = model.generate(
                 input_ids=rows.ids,
@@ -53,7 +56,7 @@ def greedy(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: i
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
-                pad_token_id=pad,
+                pad_token_id=pad_id(tokenizer),
             )
         for i, row in zip(chosen, out[:, rows.ids.shape[1] :], strict=True):
             texts[i] = tokenizer.decode(row, skip_special_tokens=True)

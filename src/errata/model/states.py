@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from errata.errors import ShapeError
 from errata.model.anatomy import Site, anatomy
 from errata.model.hooks import ForwardHook, Hooks, first_tensor
+from errata.model.room import check_room
 from errata.model.tokens import Batch, pad, token_ids
 
 
@@ -49,6 +50,7 @@ def last_states(
     Raises RequestError for a text without tokens, AnatomyError for a bad site.
     """
     rows = token_ids(tokenizer, texts)
+    check_room(model, rows, texts)
     states = states_at(model, rows, [[-1]] * len(rows), [site], batch_tokens=batch_tokens)[site]
     return torch.cat(states) if states else torch.empty(0, anatomy(model).d_model)
 
@@ -66,8 +68,10 @@ def states_at(
     rows: token ids, of different lengths; positions: token indices per row, negative ones count from the row's end;
     batch_tokens: padded tokens per forward pass. Attached patches act. The forward pass stops after the last module
     needed, and leaves no hook; weights, modes, gradients and random state stay as they are.
-    Raises ShapeError if a position lies outside its row, AnatomyError for a bad site.
+    Raises ShapeError if a position lies outside its row, AnatomyError for a bad site, RequestError for a row that is
+    longer than the model's positions.
     """
+    check_room(model, rows)
     where = _absolute(rows, positions)
     parts = anatomy(model)
     paths = {site: parts.site(site) for site in sites}

@@ -6,9 +6,10 @@ tokenised alone: byte-level BPE glues the leading space to a word, SentencePiece
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -176,6 +177,11 @@ def chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     if isinstance(bos, str) and text.startswith(bos) and token_ids(tokenizer, ["a"])[0][0] == tokenizer.bos_token_id:
         return text[len(bos) :]
     return text
+
+
+def wrapper(tokenizer: PreTrainedTokenizerBase, wanted: bool) -> Callable[[str], str]:
+    """`chat` with this tokenizer if it is wanted, else the text as it is."""
+    return partial(chat, tokenizer) if wanted else str
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -10,18 +10,38 @@ from pathlib import Path
 from typing import Any
 
 from errata.edit import EditRequest, Implication
-from errata.model.generate import greedy, says
+from errata.errors import RequestError
+from errata.model.generate import cut, greedy, greedy_answers, says
 from errata.patch import Patch
-from errata.prompts import agentic
-from errata.prompts.agentic import Judge
+from errata.prompts import agentic, contexts
+from errata.prompts.agentic import Judge, Kind
 from errata.prompts.endpoint import Endpoint
+from errata.steering import Decision
 
 Source = Callable[[EditRequest], EditRequest]
+JudgeFor = Callable[[EditRequest, Kind], Judge]
 
 
 def given(request: EditRequest) -> EditRequest:
     """The request as it is."""
     return request
+
+
+def with_old_object(model: Any, tokenizer: Any, request: EditRequest, wrap: Callable[[str], str] = str) -> EditRequest:
+    """The request with the model's own greedy answer as target_true if it names none.
+
+    wrap: what the prompt goes through before it is asked (`errata.model.tokens.wrapper`).
+    Raises RequestError if the model says nothing, or target_new already.
+    """
+    if request.target_true is not None:
+        return request
+    [answer] = greedy_answers(model, tokenizer, [wrap(request.text)])
+    if not answer or answer.casefold() == request.target_new.casefold():
+        found = f"answers {answer!r} already" if answer else "says nothing"
+        raise RequestError(
+            f"target_true is not given, and to {request.text!r} the model {found}; there is nothing to replace"
+        )
+    return request.model_copy(update={"target_true": answer})
 
 
 def agentic_source(
@@ -31,15 +51,19 @@ def agentic_source(
     implications: int = 25,
     seed: int = 0,
     rounds: int = 0,
-    judge: Callable[[EditRequest], Judge] | None = None,
+    judge: JudgeFor | None = None,
+    resolve: Source = given,
     cache_dir: Path | None = None,
 ) -> Source:
-    """A source that asks the endpoint; with `rounds` and a judge, prompts that the edit misses are refined so often.
+    """A source that asks the endpoint; with `rounds` and a judge, what the edit misses is refined so often.
 
+    Rounds go to the prompts first, then, fitted on the refined prompts, to the implications. resolve: fills in the old
+    object (`with_old_object`) before anything is asked: texts that contain it are refused, and without it none would be.
     Raises EndpointError if the endpoint is unreachable or gives nothing usable.
     """
 
     def source(request: EditRequest) -> EditRequest:
+        request = resolve(request)
         about: dict[str, Any] = {
             "prompt": request.prompt,
             "subject": request.subject,
@@ -54,10 +78,12 @@ def agentic_source(
         )
         filled = _filled(request, [request.text, *found], follows)
         if rounds and judge:
-            found = agentic.refine(
-                endpoint, [request.text, *found], judge(filled), **about, rounds=rounds, seed=seed, cache_dir=cache_dir
-            )
+            more: dict[str, Any] = about | {"rounds": rounds, "seed": seed, "cache_dir": cache_dir}
+            found = agentic.refine(endpoint, [request.text, *found], judge(filled, "paraphrase"), **more)
             filled = _filled(request, found, follows)
+            if follows:
+                follows = agentic.refine(endpoint, follows, judge(filled, "implication"), **more, kind="implication")
+                filled = _filled(request, found, follows)
         return filled
 
     return source
@@ -69,28 +95,52 @@ def _filled(request: EditRequest, prompts: Sequence[str], follows: Sequence[str]
     return request.model_copy(update={"fit_prompts": unique, "fit_implications": implications})
 
 
-def misses(model: Any, tokenizer: Any, fit: Callable[[EditRequest], Patch]) -> Callable[[EditRequest], Judge]:
-    """A judge for `agentic_source`: fits the edit on every other prompt and says why a prompt is missed, by the gate or the map."""
+def misses(
+    model: Any, tokenizer: Any, fit: Callable[[EditRequest], Patch], wrap: Callable[[str], str] = str
+) -> JudgeFor:
+    """A judge for `agentic_source`: fits the edit on every other text and says why one is missed, by the gate or the map.
 
-    def judge_for(request: EditRequest) -> Judge:
+    A paraphrase should be answered by the new object, an implication by what the unedited model says where the edited
+    fact is supposed; one to which it has no answer then is not missed. wrap: what each text goes through.
+    """
+
+    def judge_for(request: EditRequest, kind: Kind) -> Judge:
         def judge(prompts: Sequence[str]) -> list[str | None]:
-            half = request.model_copy(update={"fit_prompts": tuple(prompts[::2])})
-            patch = fit(half)
-            with patch.attach(model, tokenizer) as handle:
-                decisions = handle.decide(prompts)
-                answers = greedy(model, tokenizer, prompts)
-            reasons: list[str | None] = []
-            for decision, answer in zip(decisions, answers, strict=True):
-                if decision.edit is None:
-                    reasons.append(
-                        f"the gate stays closed (distance {decision.distance:.3g}, radius {decision.radius:.3g})"
-                    )
-                else:
-                    reasons.append(
-                        None if says(answer, request.target_new) else f"the edited model answers {answer.strip()!r}"
-                    )
-            return reasons
+            asked = [wrap(p) for p in prompts]
+            if kind == "paraphrase":
+                wanted = [request.target_new] * len(prompts)
+            else:
+                statement = f"{request.text} {request.target_new}"
+                wanted = greedy_answers(model, tokenizer, [wrap(contexts.supposed(statement, p)) for p in prompts])
+            with fit(_half(request, kind, prompts)).attach(model, tokenizer) as handle:
+                decisions = handle.decide(asked)
+                answers = greedy(model, tokenizer, asked)
+            return [
+                _reason(decision, answer, expected, kind)
+                for decision, answer, expected in zip(decisions, answers, wanted, strict=True)
+            ]
 
         return judge
 
     return judge_for
+
+
+def _half(request: EditRequest, kind: Kind, prompts: Sequence[str]) -> EditRequest:
+    """The request with every other one of the judged texts, and with what else it brought along."""
+    half = prompts[::2]
+    if kind == "paraphrase":
+        return request.model_copy(update={"fit_prompts": tuple(half)})
+    left_out = set(prompts) - set(half)
+    known = {i.prompt for i in request.fit_implications}
+    kept = [i for i in request.fit_implications if i.prompt not in left_out]
+    kept += [Implication(prompt=p, subject=request.subject) for p in half if p not in known]
+    return request.model_copy(update={"fit_implications": tuple(kept)})
+
+
+def _reason(decision: Decision, answer: str, expected: str, kind: Kind) -> str | None:
+    """Why a text is missed; None if it is not."""
+    if kind == "implication" and (not expected or says(answer, expected)):
+        return None  # nothing follows, or the model says so, by the edit or on its own
+    if decision.edit is None:
+        return f"the gate stays closed (distance {decision.distance:.3g}, radius {decision.radius:.3g})"
+    return None if says(answer, expected) else f"the edited model answers {cut(answer)!r}, not {expected!r}"

@@ -3,7 +3,8 @@
 Examples are facts with their prompts, `fit` ones and held-out ones. Two thirds of the facts teach the projection; of the
 others, half play the loaded edits and half the world outside. A gate is judged on held-out prompts only: an in-scope prompt
 must lie within the radius of its own edit and nearest to it; every prompt of an unloaded fact is a hard negative (same
-relation and other subject, or same subject and other relation), and every position of every unrelated text a further one.
+relation and other subject, or same subject and other relation), and every position of every unrelated text a further one
+(for encoder gates, which are asked where a text ends, the whole text).
 """
 
 import random
@@ -16,9 +17,13 @@ from torch import Tensor
 
 from errata.errors import RequestError
 from errata.maths.discriminant import within_class_projection
-from errata.model.anatomy import anatomy
+from errata.model.anatomy import Site, anatomy
+from errata.scope.encoder import load_encoder
 from errata.scope.features import features
 from errata.scope.gate import Distance, Gate, Pooling
+from errata.scope.portions import Portions
+
+LIMIT = 4096  # features of a prompt up to which all prompts' features are held at once, and covariances are dense
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,17 @@ class ScopeExample:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A gate to be tried; `projected` puts the learned projection of width `k` before the distance."""
+    """A gate to be tried; `projected` puts the learned projection of width `k` before the distance.
 
-    layers: tuple[int, ...]
+    encoder: name of a sentence encoder to be read instead of layers.
+    """
+
+    layers: tuple[Site, ...] = ()
     pooling: Pooling = "last"
     distance: Distance = "euclidean"
     projected: bool = False
     k: int = 128
+    encoder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,11 @@ def default_candidates(n_layers: int) -> list[Candidate]:
     ]
 
 
+def encoder_candidates(name: str) -> list[Candidate]:
+    """The gates over one sentence encoder's vectors, as they are."""
+    return [Candidate(encoder=name, distance="euclidean"), Candidate(encoder=name, distance="cosine")]
+
+
 def calibrate(
     model: Any,
     tokenizer: Any,
@@ -83,8 +97,14 @@ def calibrate(
     target_false_positive_rate: float = 0.01,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
+    limit: int = LIMIT,
 ) -> list[Outcome]:
     """Outcomes of all candidates, best first; the first one's gate is the calibrated gate.
+
+    Models with up to `limit` features a prompt (d_model times the layers that candidates read) have all prompts'
+    features in memory at once. Larger ones are read in portions (`scope.portions`): then at most 2·BUDGET bytes of
+    teaching prompts' features (facts beyond it do not teach) and BUDGET bytes of others' are held at a time, besides the
+    points (at most d_model or k float32 numbers a prompt and candidate) and what `within_class_projection` states.
 
     Raises RequestError for fewer than 12 examples, or examples without fit or held-out prompts.
     """
@@ -92,37 +112,191 @@ def calibrate(
         raise RequestError(
             "calibration needs at least 12 facts, each with prompts to fit and held-out prompts; give more fit_prompts"
         )
+    split = _split(examples, seed)
+    tried = list(candidates or default_candidates(anatomy(model).n_layers))
+    outcomes = []
+    for encoder, pooling in dict.fromkeys((c.encoder, c.pooling) for c in tried):
+        group = [c for c in tried if (c.encoder, c.pooling) == (encoder, pooling)]
+        layers = sorted({la for c in group for la in c.layers}, key=lambda la: (isinstance(la, str), la))
+        count = len(split.fit) + len(split.held)
+        source = f"vectors of {encoder}" if encoder else f"{pooling} states of {len(layers)} layers"
+        progress(f"reading {count} prompts, {source}")
+        wide = not encoder and anatomy(model).d_model * len(layers) > limit
+        if wide:
+            portions = Portions(model, tokenizer, layers, pooling)
+            outcomes += _in_portions(portions, split, unrelated, group, target_false_positive_rate, limit, progress)
+            continue
+        if encoder:
+            everything = load_encoder(encoder).encode([*split.fit, *split.held])
+            noise = load_encoder(encoder).encode(unrelated) if unrelated else None
+        else:
+            everything = features(model, tokenizer, [*split.fit, *split.held], layers, pooling)
+            noise = features(model, tokenizer, unrelated, layers, pooling, every=True) if unrelated else None
+        outcomes += _in_memory(everything, noise, split, group, layers, target_false_positive_rate, limit, progress)
+    return sorted(outcomes, key=lambda o: -o.in_scope_rate)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Which facts (indices) teach the projection, play the loaded edits and the world outside; all prompts with labels."""
+
+    teach: list[int]
+    loaded: list[int]
+    outside: list[int]
+    fit: list[str]
+    held: list[str]
+    fit_label: Tensor
+    held_label: Tensor
+
+    @property
+    def inside(self) -> Tensor:
+        """Which held-out prompts are about loaded facts."""
+        return torch.isin(self.held_label, torch.tensor(self.loaded))
+
+    @property
+    def without(self) -> Tensor:
+        """Which held-out prompts are about facts outside."""
+        return torch.isin(self.held_label, torch.tensor(self.outside))
+
+    @property
+    def own(self) -> Tensor:
+        """Place among the loaded facts of each held-out prompt inside."""
+        return torch.tensor([self.loaded.index(int(i)) for i in self.held_label[self.inside]])
+
+
+def _split(examples: Sequence[ScopeExample], seed: int) -> _Split:
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
     cut, half = len(order) * 2 // 3, len(order) * 5 // 6
-    teach, loaded, outside = order[:cut], order[cut:half], order[half:]
-    texts = [p for e in examples for p in e.fit] + [p for e in examples for p in e.held_out]
-    fit_label = torch.tensor([i for i, e in enumerate(examples) for _ in e.fit])
-    held_label = torch.tensor([i for i, e in enumerate(examples) for _ in e.held_out])
-    tried = list(candidates or default_candidates(anatomy(model).n_layers))
+    return _Split(
+        teach=order[:cut],
+        loaded=order[cut:half],
+        outside=order[half:],
+        fit=[p for e in examples for p in e.fit],
+        held=[p for e in examples for p in e.held_out],
+        fit_label=torch.tensor([i for i, e in enumerate(examples) for _ in e.fit]),
+        held_label=torch.tensor([i for i, e in enumerate(examples) for _ in e.held_out]),
+    )
+
+
+def _in_memory(
+    everything: Tensor, noise: Tensor | None, split: _Split, group: list[Candidate], layers: list[Site],
+    target: float, limit: int, progress: Callable[[str], None],
+) -> list[Outcome]:  # fmt: skip
+    """Outcomes from raw features of all prompts (n, D) and of what is unrelated (m, D)."""
     outcomes = []
-    for pooling in dict.fromkeys(c.pooling for c in tried):
-        layers = sorted({layer for c in tried if c.pooling == pooling for layer in c.layers})
-        progress(f"reading {len(texts)} prompts, {pooling} states of {len(layers)} layers")
-        everything = features(model, tokenizer, texts, layers, pooling)
-        noise = features(model, tokenizer, unrelated, layers, pooling, every=True) if unrelated else None
-        width = everything.shape[1] // len(layers)
-        for candidate in (c for c in tried if c.pooling == pooling):
-            progress(
-                f"{pooling} of layers {list(candidate.layers)}, {candidate.distance}, projected: {candidate.projected}"
-            )
+    width = everything.shape[1] // max(1, len(layers))
+    for candidate in group:
+        progress(_said(candidate))
+        x, quiet = everything, noise
+        if candidate.layers:
             columns = torch.cat([torch.arange(width) + width * layers.index(layer) for layer in candidate.layers])
             x, quiet = everything[:, columns], noise[:, columns] if noise is not None else None
-            fit, held = x[: len(fit_label)], x[len(fit_label) :]
-            gate = Gate(candidate.layers, candidate.pooling, candidate.distance)
-            if candidate.projected:
-                taught = torch.isin(fit_label, torch.tensor(teach))
-                mean, projection = within_class_projection(fit[taught], fit_label[taught], candidate.k)
-                gate = replace(gate, mean=mean.half(), projection=projection.half())
-            outcomes.append(
-                _judge(gate, fit, fit_label, held, held_label, loaded, outside, quiet, target_false_positive_rate)
-            )
-    return sorted(outcomes, key=lambda o: -o.in_scope_rate)
+        fit, held = x[: len(split.fit)], x[len(split.fit) :]
+        gate = _gate(candidate)
+        if candidate.projected:
+            taught = torch.isin(split.fit_label, torch.tensor(split.teach))
+            found = within_class_projection(fit[taught], split.fit_label[taught], candidate.k, limit=limit)
+            gate = replace(gate, mean=_compact(found[0]), projection=_compact(found[1]))
+        centres = torch.stack([gate.centre(gate.points(fit[split.fit_label == i])) for i in split.loaded])
+        far = gate.distances(gate.points(held[split.inside]), centres)
+        negatives = gate.distances(gate.points(held[split.without]), centres).min(1).values
+        near = None
+        if quiet is not None:
+            near = torch.cat([gate.distances(gate.points(part), centres).min(1).values for part in quiet.split(4096)])
+        outcomes.append(_judge(gate, far, split.own, negatives, near, target))
+    return outcomes
+
+
+def _in_portions(
+    portions: Portions, split: _Split, unrelated: Sequence[str], group: list[Candidate],
+    target: float, limit: int, progress: Callable[[str], None],
+) -> list[Outcome]:  # fmt: skip
+    """The same without ever holding the raw features of all prompts: they become points as they are read."""
+    gates = _taught(portions, split, group, limit, progress)
+    columns = [portions.columns(c.layers) for c in group]
+
+    def points(texts: list[str]) -> list[Tensor]:
+        read = [[g.points(raw[:, at]) for g, at in zip(gates, columns, strict=True)] for raw in portions.read(texts)]
+        return [torch.cat(parts) for parts in zip(*read, strict=True)]
+
+    progress(f"reading the prompts of {len(split.loaded) + len(split.outside)} facts")
+    chosen = torch.isin(split.fit_label, torch.tensor(split.loaded))
+    label = split.fit_label[chosen]
+    fit = points(_kept(split.fit, chosen))
+    centres = [
+        torch.stack([gate.centre(p[label == i]) for i in split.loaded]) for gate, p in zip(gates, fit, strict=True)
+    ]
+    inside, without = points(_kept(split.held, split.inside)), points(_kept(split.held, split.without))
+    near: list[list[Tensor]] = [[] for _ in group]
+    progress(f"reading {len(unrelated)} unrelated texts")
+    for raw in portions.read(unrelated, every=True):
+        for gate, at, centre, found in zip(gates, columns, centres, near, strict=True):
+            found.append(gate.distances(gate.points(raw[:, at]), centre).min(1).values)
+    return [
+        _judge(
+            gate,
+            gate.distances(inside[i], centres[i]),
+            split.own,
+            gate.distances(without[i], centres[i]).min(1).values,
+            torch.cat(near[i]) if near[i] else None,
+            target,
+        )
+        for i, gate in enumerate(gates)
+    ]
+
+
+def _taught(
+    portions: Portions, split: _Split, group: list[Candidate], limit: int, progress: Callable[[str], None]
+) -> list[Gate]:
+    """The group's gates with their projections; one for each set of layers, cut to each candidate's width."""
+    gates = [_gate(c) for c in group]
+    widest: dict[tuple[Site, ...], int] = {}
+    for c in group:
+        if c.projected:
+            widest[c.layers] = max(c.k, widest.get(c.layers, 0))
+    if not widest:
+        return gates
+    taught: list[int] = []
+    room = portions.rows
+    for fact in split.teach:  # in random order
+        room -= int((split.fit_label == fact).sum())
+        if room < 0 and len(taught) >= 2:
+            break
+        taught.append(fact)
+    chosen = torch.isin(split.fit_label, torch.tensor(taught))
+    progress(f"reading the prompts of {len(taught)} facts that teach the projection")
+    x = portions.gather(_kept(split.fit, chosen))
+    for layers, k in widest.items():
+        progress(f"projection of layers {list(layers)}")
+        mean, projection = within_class_projection(
+            x[:, portions.columns(layers)], split.fit_label[chosen], k, limit=limit
+        )
+        for i, c in enumerate(group):
+            if c.projected and c.layers == layers:
+                short = projection[:, : c.k]
+                gates[i] = replace(gates[i], mean=_compact(mean, 1e-3), projection=_compact(short, 1e-3))
+    return gates
+
+
+def _gate(candidate: Candidate) -> Gate:
+    return Gate(candidate.layers, candidate.pooling, candidate.distance, candidate.encoder)
+
+
+def _said(candidate: Candidate) -> str:
+    source = candidate.encoder or f"{candidate.pooling} of layers {list(candidate.layers)}"
+    return f"{source}, {candidate.distance}, projected: {candidate.projected}"
+
+
+def _kept(texts: Sequence[str], mask: Tensor) -> list[str]:
+    return [text for text, ok in zip(texts, mask.tolist(), strict=True) if ok]
+
+
+def _compact(x: Tensor, error: float = float("inf")) -> Tensor:
+    """Half precision if it can hold every number, with at most this relative error; else float32."""
+    half = x.half()
+    fits = bool(half.isfinite().all()) and float((half.double() - x).norm()) <= error * float(x.norm())
+    return half if fits else x.float()
 
 
 def below(distance: float) -> float:
@@ -131,19 +305,12 @@ def below(distance: float) -> float:
 
 
 def _judge(
-    gate: Gate, fit: Tensor, fit_label: Tensor, held: Tensor, held_label: Tensor,
-    loaded: list[int], outside: list[int], noise: Tensor | None, target: float,
+    gate: Gate, far: Tensor, own: Tensor, negatives: Tensor, quiet: Tensor | None, target: float
 ) -> Outcome:  # fmt: skip
-    centres = torch.stack([gate.centre(gate.points(fit[fit_label == i])) for i in loaded])
-    inside = torch.isin(held_label, torch.tensor(loaded))
-    without = torch.isin(held_label, torch.tensor(outside))
-    far = gate.distances(gate.points(held[inside]), centres)
-    own = torch.tensor([loaded.index(int(i)) for i in held_label[inside]])
+    """far (n, edits): distances of in-scope prompts; own (n,): their edits; negatives, quiet: to the nearest edit."""
     nearest = far.min(1)
-    negatives = gate.distances(gate.points(held[without]), centres).min(1).values
     ordered, ceiling = negatives.sort().values, float("inf")
-    if noise is not None:
-        quiet = torch.cat([gate.distances(gate.points(part), centres).min(1).values for part in noise.split(4096)])
+    if quiet is not None:
         ceiling = below(float(quiet.min()))
 
     def radius_at(rate: float) -> float:
@@ -155,9 +322,9 @@ def _judge(
         gate=replace(gate, radius=radius, note=f"calibrated for a false-positive rate of {target}"),
         in_scope_rate=float(hits.double().mean()),
         false_positive_rate=float((negatives <= radius).double().mean()),
-        unrelated_rate=float((quiet <= radius).double().mean()) if noise is not None else 0.0,
+        unrelated_rate=float((quiet <= radius).double().mean()) if quiet is not None else 0.0,
         n_in_scope=len(hits),
         n_out_of_scope=len(negatives),
-        n_unrelated=len(noise) if noise is not None else 0,
+        n_unrelated=len(quiet) if quiet is not None else 0,
         radii={rate: radius_at(rate) for rate in RATES},
     )

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.model.anatomy import Site
+from errata.model.room import check_room
 from errata.model.states import states_at
 from errata.model.tokens import token_ids
 from errata.scope.encoder import load_encoder
@@ -18,7 +20,7 @@ def features(
     model: Any,
     tokenizer: Any,
     texts: Sequence[str],
-    layers: Sequence[int],
+    layers: Sequence[Site],
     pooling: Pooling,
     *,
     token: int = -1,
@@ -26,11 +28,13 @@ def features(
 ) -> Tensor:
     """Raw features (n, len(layers)·d_model), float32, at each text's `token` (from the end); `every`: at all positions of all texts.
 
+    layers: blocks' indices, or "final" for the final norm's output (what the head reads).
     `mean` pooling is the mean over a row's positions so far, so that it is a function of the position's prefix.
     """
     rows = []
     for start in range(0, len(texts), CHUNK):
         ids = token_ids(tokenizer, texts[start : start + CHUNK])
+        check_room(model, ids, texts[start : start + CHUNK])
         whole = every or pooling == "mean"
         places = [list(range(len(i))) if whole else [len(i) + token] for i in ids]
         found = states_at(model, ids, places, list(layers))
