@@ -43,6 +43,10 @@ class BaseMismatchError(EditError, ValueError):
     """A patch fitted on another model or tokenizer."""
 
 
+class StatisticsError(EditError, ValueError):
+    """Key statistics that cannot serve: of another model or layer, of too few tokens, singular, or a damaged file."""
+
+
 class PatchFormatError(EditError, ValueError):
     """A patch file that is truncated, altered or not a patch."""
 
