@@ -53,3 +53,7 @@ class PatchFormatError(EditError, ValueError):
 
 class EndpointError(EditError, ConnectionError):
     """A language-model endpoint that is unreachable or answers nonsense."""
+
+
+class RecordError(EditError, ValueError):
+    """A record of a data set that does not fit its schema."""
