@@ -47,6 +47,10 @@ class StatisticsError(EditError, ValueError):
     """Key statistics that cannot serve: of another model or layer, of too few tokens, singular, or a damaged file."""
 
 
+class UnsupportedPatchError(EditError, NotImplementedError):
+    """A patch that cannot do what was asked: steering parts in weights or by row, an update of quantised weights."""
+
+
 class PatchFormatError(EditError, ValueError):
     """A patch file that is truncated, altered or not a patch."""
 
