@@ -51,6 +51,10 @@ class UnsupportedPatchError(EditError, NotImplementedError):
     """A patch that cannot do what was asked: steering parts in weights or by row, an update of quantised weights."""
 
 
+class UnstableWriteError(EditError, ArithmeticError):
+    """A closed-form write that would blow up: keys nearly at right angles, or a matrix that cannot be factored."""
+
+
 class PatchFormatError(EditError, ValueError):
     """A patch file that is truncated, altered or not a patch."""
 
