@@ -45,12 +45,14 @@ def main() -> int:
     exact = errata.SAKE(tolerance=0.0, half=False).fit(model, tokenizer, requests, seed=args.seed)
     probes = list(probes_of(with_probes(world, exact.requests, seed=args.seed)))
     wanted = measure(model, tokenizer, exact, probes)
-    gates = {p.gate.digest: sum(t.numel() * t.element_size() for t in p.gate.tensors().values()) for p in exact.parts}
+    gates = {
+        p.gate.digest: sum(t.numel() * t.element_size() for t in p.gate.tensors().values()) for p in exact.steering
+    }
     rows = []
     for tolerance in args.tolerances:
         fitted = errata.SAKE(tolerance=tolerance, half=True).fit(model, tokenizer, requests, seed=args.seed)
         got = measure(model, tokenizer, fitted, probes)
-        ranks = [step.rank for part in fitted.parts for step in part.maps]
+        ranks = [step.rank for part in fitted.steering for step in part.maps]
         rows.append(
             {
                 "tolerance": tolerance,

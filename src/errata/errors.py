@@ -43,9 +43,25 @@ class BaseMismatchError(EditError, ValueError):
     """A patch fitted on another model or tokenizer."""
 
 
+class StatisticsError(EditError, ValueError):
+    """Key statistics that cannot serve: of another model or layer, of too few tokens, singular, or a damaged file."""
+
+
+class UnsupportedPatchError(EditError, NotImplementedError):
+    """A patch that cannot do what was asked: steering parts in weights or by row, an update of quantised weights."""
+
+
+class UnstableWriteError(EditError, ArithmeticError):
+    """A closed-form write that would blow up: keys nearly at right angles, or a matrix that cannot be factored."""
+
+
 class PatchFormatError(EditError, ValueError):
     """A patch file that is truncated, altered or not a patch."""
 
 
 class EndpointError(EditError, ConnectionError):
     """A language-model endpoint that is unreachable or answers nonsense."""
+
+
+class RecordError(EditError, ValueError):
+    """A record of a data set that does not fit its schema."""

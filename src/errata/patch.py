@@ -7,8 +7,9 @@ metadata. No pickle, no class path, no code. `to_bytes` and `from_bytes` are the
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from errata.edit import EditRequest
-from errata.errors import PatchFormatError, RequestError
+from errata.errors import PatchFormatError, RequestError, UnsupportedPatchError
 from errata.files import write_atomically
+from errata.low_rank import LowRank
+from errata.low_rank_table import MERGED, STEERED, LowRankTable, refuse_present
 from errata.model.fingerprint import check_base
 from errata.scope.gate import Gate
 from errata.steering import Decision, Steering
@@ -29,7 +32,8 @@ from errata.steering_table import SteeringTable
 FORMAT_VERSION = 1
 # Readers of older files: MIGRATIONS[v] turns a header of version v into one of v + 1. Append only.
 MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = ()
-KINDS = {Steering.kind: Steering}
+Part = Steering | LowRank
+KINDS: dict[str, type[Steering] | type[LowRank]] = {Steering.kind: Steering, LowRank.kind: LowRank}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,18 +47,28 @@ class Patch:
     config: dict[str, Any]
     requests: tuple[EditRequest, ...]
     base: dict[str, Any]
-    parts: tuple[Steering, ...]
+    parts: tuple[Part, ...]
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def ids(self) -> tuple[str, ...]:
         """The ids of the edits, in order."""
         return tuple(request.id for request in self.requests)
 
-    @property
+    @cached_property
     def id(self) -> str:
         """SHA-256 (16 hex digits) of the file without the report: equal edits have equal ids."""
         return hashlib.sha256(replace(self, report={}).to_bytes()).hexdigest()[:16]
+
+    @property
+    def steering(self) -> tuple[Steering, ...]:
+        """The steering parts, in order."""
+        return tuple(part for part in self.parts if isinstance(part, Steering))
+
+    @property
+    def low_rank(self) -> tuple[LowRank, ...]:
+        """The low-rank parts, in order."""
+        return tuple(part for part in self.parts if isinstance(part, LowRank))
 
     @property
     def nbytes(self) -> int:
@@ -73,12 +87,16 @@ class Patch:
     # -- values from values ------------------------------------------------------------------------------------------
 
     def without(self, edit: str) -> "Patch":
-        """The patch without one edit. Raises RequestError if it has none of that id."""
+        """The patch without one edit: its steering parts and its columns of low-rank parts go, every other stays as it is.
+
+        What a joint write solved for all its edits is not solved again. Raises RequestError if there is no such edit.
+        """
         self._index(edit)
+        kept = (_without(part, edit) for part in self.parts)
         return replace(
             self,
-            requests=tuple(r for r in self.requests if r.id != edit),
-            parts=tuple(p for p in self.parts if p.edit != edit),
+            requests=tuple(r for i, r in zip(self.ids, self.requests, strict=True) if i != edit),
+            parts=tuple(part for part in kept if part is not None),
             report={k: v for k, v in self.report.items() if k != edit},
         )
 
@@ -117,18 +135,23 @@ class Patch:
     def attach(self, model: Any, tokenizer: Any) -> "Handle":
         """Make the edits act on the model; no weight changes. The handle is a context manager; `detach` undoes it exactly.
 
-        Raises BaseMismatchError if the patch was fitted on another model or tokenizer.
+        Raises BaseMismatchError if the patch was fitted on another model or tokenizer, RequestError if one of its weight
+        edits is in the model already, UnsupportedPatchError for steering parts while rows have patches of their own.
         """
-        check_base(self.base, model, tokenizer)
+        refuse_present(model, _edits(self.low_rank))
+        check_fits([self], model, tokenizer)
         return Handle(self, model, tokenizer)
 
     # -- the file ----------------------------------------------------------------------------------------------------
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {f"parts.{i}.{name}": t for i, part in enumerate(self.parts) for name, t in part.tensors().items()}
-        for gate in {part.gate.digest: part.gate for part in self.parts}.values():
+        for gate in self._gates().values():
             named |= {f"gates.{gate.digest}.{name}": t for name, t in gate.tensors().items()}
         return {name: t.detach().cpu().contiguous() for name, t in named.items()}
+
+    def _gates(self) -> dict[str, Gate]:
+        return {part.gate.digest: part.gate for part in self.steering}
 
     def header(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON values."""
@@ -140,7 +163,7 @@ class Patch:
             "base": self.base,
             "requests": [json.loads(r.to_json()) for r in self.requests],
             "parts": [part.header() for part in self.parts],
-            "gates": {part.gate.digest: part.gate.header() for part in self.parts},
+            "gates": {digest: gate.header() for digest, gate in self._gates().items()},
             "report": self.report,
         }
 
@@ -243,16 +266,48 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
+def _without(part: Part, edit: str) -> Part | None:
+    if isinstance(part, LowRank):
+        return part.without(edit)
+    return None if part.edit == edit else part
+
+
+def _edits(parts: Sequence[LowRank]) -> set[str]:
+    return {edit for part in parts for edit in part.edits}
+
+
+def check_fits(patches: Sequence[Patch], model: Any, tokenizer: Any) -> None:
+    """Raise BaseMismatchError if a patch was fitted on another model or tokenizer; merged updates are left out of account."""
+    merged = vars(model).get(MERGED)
+    with merged.undone() if merged is not None else nullcontext():
+        for base in {json.dumps(patch.base, sort_keys=True): patch.base for patch in patches}.values():
+            check_base(base, model, tokenizer)
+
+
 class Handle:
     """One attachment of one patch. `with patch.attach(...)` or `handle.detach()`; detaching twice is harmless.
 
-    conflicts: pairs (edit of this patch, earlier edit that it overrides) for equal subject and relation.
+    conflicts: pairs (edit of this patch, earlier edit) for equal subject and relation. The later of two steering edits
+    overrides the earlier; two weight edits both act.
     """
 
     def __init__(self, patch: Patch, model: Any, tokenizer: Any):
         self.patch, self.model = patch, model
-        self._table = SteeringTable.on(model, tokenizer)
-        self.conflicts = self._table.add(self, patch.parts)
+        self._low_rank = LowRankTable.on(model)
+        if patch.steering and self._low_rank.by_row:
+            raise UnsupportedPatchError(
+                f"a {patch.method} patch steers every row of a batch, and here each row has a patch of its own; leave the "
+                "block of `attach_rows` first"
+            )
+        weight_edits = _edits(patch.low_rank)
+        keys = {i: r.key for i, r in zip(patch.ids, patch.requests, strict=True) if i in weight_edits}
+        conflicts = self._low_rank.add(self, patch.low_rank, keys) if patch.low_rank else []
+        try:
+            self._steering = SteeringTable.on(model, tokenizer)
+            self.conflicts = self._steering.add(self, patch.steering) + conflicts
+        except BaseException:
+            self._low_rank.remove(self)
+            raise
 
     def __enter__(self) -> "Handle":
         return self
@@ -262,14 +317,43 @@ class Handle:
 
     def detach(self) -> None:
         """Take this patch off; every other attachment stays."""
-        self._table.remove(self)
+        self._low_rank.remove(self)
+        self._steering.remove(self)
 
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
-        """What the loaded edits, all patches together, say about each prompt."""
-        return self._table.decide(prompts)
+        """What the loaded steering edits, all patches together, say about each prompt; low-rank edits have no scope."""
+        if not self._steering.active:
+            return [Decision(edit=None, nearest=None, distance=float("nan"), radius=float("nan")) for _ in prompts]
+        return self._steering.decide(prompts)
 
     @contextmanager
     def prompts(self, lengths: Sequence[int]) -> Iterator[None]:
         """Teacher forcing: inside, each row is a prompt of so many real tokens and a completion."""
-        with self._table.prompts(lengths):
+        with self._steering.prompts(lengths):
             yield
+
+
+@contextmanager
+def attach_rows(model: Any, tokenizer: Any, patches: Sequence[Patch | None]) -> Iterator[None]:
+    """Inside, every batch has len(patches) rows, and row i is edited by patches[i] only (None: by none).
+
+    What is attached to the whole model acts on every row as well. One patch may stand in several rows: where generation
+    repeats rows (beams, num_return_sequences), list each patch as often, one after another. A batch of another size is an
+    error. Raises as `Patch.attach` does, and UnsupportedPatchError where steering is involved: its decisions are remembered
+    by what a row says, which does not tell rows apart.
+    """
+    for i, patch in enumerate(patches, 1):
+        if patch is not None and patch.steering:
+            raise UnsupportedPatchError(
+                f"expected low-rank patches only, found a {patch.method} patch with steering parts for row {i}; it acts by "
+                "its scope: attach it to the whole model"
+            )
+    if STEERED in vars(model) and vars(model)[STEERED].active:
+        raise UnsupportedPatchError(
+            "a steering patch is attached to this model; detach it before attaching patches by row"
+        )
+    found = [patch for patch in patches if patch is not None]
+    refuse_present(model, {edit for patch in found for edit in _edits(patch.low_rank)})
+    check_fits(found, model, tokenizer)
+    with LowRankTable.on(model).rows([patch.low_rank if patch is not None else () for patch in patches]):
+        yield

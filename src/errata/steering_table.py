@@ -14,7 +14,7 @@ import hashlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -483,6 +483,10 @@ class SteeringTable:
 
     # -- memory of earlier positions ---------------------------------------------------------------------------------
 
+    def forget(self) -> None:
+        """Forget every decision: the states that gates read are other ones from now on."""
+        self._memory.clear()
+
     def _remember(self, key: bytes, edits: dict[str | int, int], sums: dict[str | int, Tensor]) -> None:
         self._memory[key] = (edits, sums)
         self._memory.move_to_end(key)
@@ -535,7 +539,9 @@ class SteeringTable:
 
 @contextmanager
 def without_patches(model: Any) -> Iterator[None]:
-    """Inside, attached steering patches do nothing."""
-    table = model.__dict__.get("_errata_steering")
-    with table.suspended() if table else nullcontext():
+    """Inside, attached patches of every kind do nothing."""
+    with ExitStack() as stack:
+        for name in ("_errata_steering", "_errata_low_rank"):
+            if (table := model.__dict__.get(name)) is not None:
+                stack.enter_context(table.suspended())
         yield

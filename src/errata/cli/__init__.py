@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from errata import __version__
-from errata.cli import demo, fit, inspect, scope, verify
+from errata.cli import demo, export, fit, inspect, scope, statistics, trace, verify
 from errata.cli.common import CommandGroup
 
 HELP = """Correct facts inside language models, check that the correction took, and take it back at any time.
@@ -52,9 +52,12 @@ app.command("ask")(inspect.ask)
 app.command("fit")(fit.fit)
 app.command("show")(inspect.show)
 app.command("verify")(verify.verify)
+app.command("export")(export.export)
 app.command("methods")(inspect.methods)
 app.command("calibrate")(scope.calibrate)
+app.command("statistics")(statistics.statistics)
 app.command("updates")(inspect.updates)
+app.command("trace")(trace.trace)
 
 
 def main() -> None:

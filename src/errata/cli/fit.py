@@ -255,12 +255,15 @@ def fit_resumably(
     """
     patch, kept, cost, last = done, len(done or ()), 0.0, time.perf_counter()
     progress(kept)
-    gates = {part.gate.digest: part.gate for part in done.parts} if done else {}
+    gates = {part.gate.digest: part.gate for part in done.steering} if done else {}
     try:
         for number, request in enumerate(requests[kept:], kept + 1):
             one = editor.fit(model, tokenizer, [request], seed=seed)
             # equal gates as one object: a thousand copies of a projection would fill the memory
-            parts = tuple(replace(part, gate=gates.setdefault(part.gate.digest, part.gate)) for part in one.parts)
+            parts = tuple(
+                replace(part, gate=gates.setdefault(part.gate.digest, part.gate)) if part.kind == "steering" else part
+                for part in one.parts
+            )
             one = replace(one, parts=parts)
             patch = one if patch is None else patch + one
             progress(number)

@@ -33,7 +33,7 @@ def ask(
     threads: Threads = None,
     json_output: Json = False,
 ) -> None:
-    """Ask a model, greedily; with patches, tell which edit the gate chose and how far the prompt was from it."""
+    """Ask a model, greedily; with steering patches, tell which edit the gate chose and how far the prompt was from it."""
     from errata.model.generate import cut, greedy
     from errata.model.tokens import wrapper
     from errata.patch import load_patch
@@ -55,10 +55,14 @@ def ask(
         handles = [stack.enter_context(p.attach(loaded, tokenizer)) for p in patches]
         if handles:
             [text] = greedy(loaded, tokenizer, [text_asked], length)
-            decision = _decision(patches, handles[-1].decide([text_asked])[0])
+            if any(p.steering for p in patches):  # edits of weights have no scope to decide about
+                decision = _decision(patches, handles[-1].decide([text_asked])[0])
             conflicts = sorted({pair for handle in handles for pair in handle.conflicts})
+    in_weights = {edit for p in patches for part in p.low_rank for edit in part.edits}
     for later, earlier in conflicts:
-        notice(f"edit {later} overrides edit {earlier}: they are about the same subject and relation")
+        how = "and" if {later, earlier} <= in_weights else "overrides"
+        both = "; both act on the weights" if how == "and" else ""
+        notice(f"edit {later} {how} edit {earlier}: they are about the same subject and relation{both}")
     value = {
         "model": model,
         "patches": [str(p) for p in patch or ()],
@@ -123,14 +127,7 @@ def show(
     if json_output:
         emit(value)
         return
-    numbers = ("steps", "rank", "bytes", "radius", "follows")
-    made = table(None, "id", "subject", "prompt", "old -> new", *numbers[:3], "converged", *numbers[3:], right=numbers)
-    for e in edits:
-        change, rank = f"{e['target_true']} -> {e['target_new']}", ", ".join(map(str, e["rank"]))
-        converged = {True: "yes", False: "NO", None: "-"}[e["converged"]]
-        size, radius, follows = f"{e['bytes']:,}", f"{e['radius']:.3g}", e["n_implications"] or ""
-        row(made, e["id"], e["subject"], e["prompt"], change, e["steps"], rank, size, converged, radius, follows)
-    out().print(made)
+    _print_edits(edits, steering=bool(loaded.steering), weights=bool(loaded.low_rank))
     base = loaded.base
     sizes = ", ".join(
         f"{name} {base[name]}" for name in ("family", "d_model", "n_layers", "vocab_size") if name in base
@@ -142,9 +139,14 @@ def show(
 
 
 def _edit(patch: Any, request: Any) -> dict[str, Any]:
-    """One edit's line: its own part first, its implications after it. bytes: without the gate that edits share."""
-    parts = [part for part in patch.parts if part.edit == request.id]
-    size = sum(t.numel() * t.element_size() for part in parts for t in part.tensors().values())
+    """One edit's line: its steering parts (its own first, its implications after it) and its columns in weights.
+
+    bytes: without the gate that edits share. rank: of each step's map, or the columns at each of `layers`; norm: Frobenius
+    norm of the edit's own update of weights, over all layers, weight units.
+    """
+    parts = [part for part in patch.steering if part.edit == request.id]
+    columns = [own for part in patch.low_rank if (own := part.only(request.id)) is not None]
+    size = sum(t.numel() * t.element_size() for part in (*parts, *columns) for t in part.tensors().values())
     return {
         "id": request.id,
         "subject": request.subject,
@@ -152,14 +154,42 @@ def _edit(patch: Any, request: Any) -> dict[str, Any]:
         "prompt": request.text,
         "target_true": request.target_true,
         "target_new": request.target_new,
-        "steps": len(parts[0].maps),
-        "rank": [m.rank for m in parts[0].maps],
+        "kinds": sorted({part.kind for part in (*parts, *columns)}),
+        "steps": len(parts[0].maps) if parts else None,
+        "rank": [m.rank for m in parts[0].maps] if parts else [part.rank for part in columns],
         "bytes": size,
         "converged": patch.report.get(request.id, {}).get("converged"),
-        "radius": parts[0].radius,
-        "n_implications": len(parts) - 1,
+        "radius": parts[0].radius if parts else None,
+        "n_implications": max(0, len(parts) - 1),
+        "layers": [part.layer for part in columns],
+        "sites": sorted({part.site for part in columns}),
+        "norm": sum(part.norm**2 for part in columns) ** 0.5 if columns else None,
         "report": patch.report.get(request.id, {}),
     }
+
+
+def _print_edits(edits: Sequence[dict[str, Any]], *, steering: bool, weights: bool) -> None:
+    """The table of `show`, with the columns that this patch's kinds of edits have."""
+    scope = ("radius", "follows") if steering or not weights else ()
+    written = ("layers", "norm") if weights else ()
+    steps = ("steps",) if scope else ()
+    right = ("steps", "rank", "bytes", "radius", "follows", "norm")
+    names = ("id", "subject", "prompt", "old -> new", *steps, "rank", "bytes", "converged", *scope, *written)
+    made = table(None, *names, right=right)
+    for e in edits:
+        cells = {
+            **e,
+            "old -> new": f"{e['target_true']} -> {e['target_new']}",
+            "rank": ", ".join(map(str, e["rank"])),
+            "bytes": f"{e['bytes']:,}",
+            "converged": {True: "yes", False: "NO", None: "-"}[e["converged"]],
+            "radius": None if e["radius"] is None else f"{e['radius']:.3g}",
+            "follows": e["n_implications"] or "",
+            "layers": ", ".join(map(str, e["layers"])),
+            "norm": None if e["norm"] is None else f"{e['norm']:.3g}",
+        }
+        row(made, *(cells[name] for name in names))
+    out().print(made)
 
 
 def methods(json_output: Json = False) -> None:

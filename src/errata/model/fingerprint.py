@@ -130,8 +130,10 @@ def _is_offloaded(model: PreTrainedModel, name: str) -> bool:
 
 
 def _quantised(model: PreTrainedModel) -> bool:
+    """By its config, or because a weight is no plain tensor (quantised in place, which leaves the config as it was)."""
     config = getattr(model.config, "quantization_config", None)
-    return config is not None or bool(getattr(model, "is_quantized", False))
+    declared = config is not None or bool(getattr(model, "is_quantized", False))
+    return declared or any(type(weight.data) is not Tensor for weight in model.parameters())
 
 
 def _same(what: str, expected: Any, found: Any) -> None:
