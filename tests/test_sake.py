@@ -195,7 +195,7 @@ def test_nothing_to_replace_is_refused(
     answer: str,
     reason: str,
 ) -> None:
-    monkeypatch.setattr("errata.editors.sake.greedy_answers", lambda *_, **__: [answer])
+    monkeypatch.setattr("errata.prompts.sources.greedy_answers", lambda *_, **__: [answer])
     with pytest.raises(RequestError, match=reason):
         SAKE(**QUICK).fit(model, tokenizer, [EditRequest(prompt="The capital of France is", target_new="Goa")])
 
