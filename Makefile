@@ -57,7 +57,7 @@ bench: $(STAMP)  ## every script in benchmarks/
 atlas: $(STAMP)  ## train Atlas from scratch (hours; resumable) and write its weights into the package
 	@$(BIN)/python -m errata.atlas.train --out runs/atlas
 	@$(BIN)/python -m errata.atlas.train --out runs/atlas --export $(WEIGHTS)
-	@$(BIN)/errata calibrate --model $(WEIGHTS) --out $(WEIGHTS)/errata-scope.safetensors
+	@$(BIN)/errata calibrate --model $(WEIGHTS) --false-positive-rate 0.005 --out $(WEIGHTS)/errata-scope.safetensors
 
 $(OLDEST)/.installed: pyproject.toml
 	@echo "Setting up $(OLDEST) ..."
