@@ -195,7 +195,7 @@ def test_nothing_to_replace_is_refused(
     answer: str,
     reason: str,
 ) -> None:
-    monkeypatch.setattr("errata.editors.sake.greedy_answers", lambda *_, **__: [answer])
+    monkeypatch.setattr("errata.prompts.sources.greedy_answers", lambda *_, **__: [answer])
     with pytest.raises(RequestError, match=reason):
         SAKE(**QUICK).fit(model, tokenizer, [EditRequest(prompt="The capital of France is", target_new="Goa")])
 
@@ -309,11 +309,10 @@ def test_config_is_recorded(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 
 ODD = ("The city of The Space Needle is", "Visitors find The Space Needle in", "Where is The Space Needle? It is in")
-SKEWED = pytest.mark.xfail(reason="a few odd prompts pull the scope's centre away from other phrasings", strict=False)
 
 
 @pytest.mark.atlas
-@pytest.mark.parametrize("fit_prompts", [(), pytest.param(ODD, marks=SKEWED)])
+@pytest.mark.parametrize("fit_prompts", [(), ODD])
 def test_the_readme(tmp_path: Any, fit_prompts: tuple[str, ...]) -> None:
     if "atlas" not in bundled():
         pytest.skip("the bundled weights are missing")

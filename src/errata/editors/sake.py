@@ -434,25 +434,33 @@ class _Fit:
         if held.any():
             note["held_out_distance"] = float(gaussian_distance(states[held, 0, 0], states[~held, 0, 0]).mean())
         note["rank"], note["truncation_error"] = [step.rank for step in maps], max(step.error for step in maps)
-        points = self._points(prompts)
-        centre, radius = self._ball(points, note)
+        own = self.request.text if key == self.request.key else prompts[0]
+        centre, radius = self._ball(self._points(prompts), self._points([own])[0], note)
         return Steering(
             edit=self.request.id, key=key, gate=self.gate, centre=centre, radius=float(radius),
             target_ids=tuple(answer), maps=tuple(maps), site=self.config.layer,
         )  # fmt: skip
 
-    def _ball(self, points: Tensor, note: dict[str, Any]) -> tuple[Tensor, float]:
-        """Centre (k,) and radius of the edit's scope: given, calibrated, learned, or from its own prompts and stock texts."""
+    def _ball(self, points: Tensor, own: Tensor, note: dict[str, Any]) -> tuple[Tensor, float]:
+        """Centre (k,) and radius of the edit's scope: given, calibrated, learned, or from its own prompts and stock texts.
+
+        A few odd fit_prompts must not pull the centre away from what the edit is about: where its own prompt (`own`, (k,))
+        would lie farther out than half the radius, the centre moves towards it.
+        """
         if self.gate.distance == "linear":
             texts = [self._wrap(text) for text in others(self.request)]
             outside = self.gate.points(gate_features(self.model, self.tokenizer, texts, self.gate, self.config.token))
             weight, radius = logistic_plane(points, outside)
             return weight.float(), radius
         centre = self.gate.centre(points)
-        if self.config.radius is not None:
-            return centre, self.config.radius
-        if self.gate.radius is not None:
-            return centre, self.gate.radius
+        given = self.config.radius if self.config.radius is not None else self.gate.radius
+        if given is not None:
+            for share in torch.linspace(0, 1, 21).tolist():
+                moved = self.gate.centre(torch.stack([(1 - share) * centre, share * own]) * 2) if share else centre
+                if self.gate.distances(own[None], moved[None]).item() <= given / 2:
+                    break
+            note |= {"centre_moved": share} if share else {}
+            return moved, given
         note["radius_from"] = "own prompts against stock texts (`errata calibrate` makes a calibrated gate)"
         return centre, radius_from_prompts(
             self.model, self.tokenizer, self.gate, points, centre, self.request, self._wrap, self.config.token
