@@ -36,7 +36,7 @@ def main() -> int:
     model, tokenizer = errata.load(args.model)
     requests = with_probes(world, counterfactual_requests(world, args.n, split="dev", seed=args.seed), seed=args.seed)
     patch = errata.SAKE(gate=args.gate).fit(model, tokenizer, requests, seed=args.seed)
-    radii = {"as fitted": patch.parts[0].radius}
+    radii = {"as fitted": patch.steering[0].radius}
     if args.calibration:
         known = json.loads(args.calibration.read_text())["chosen"]["radius_at_false_positive_rate"]
         radii |= {f"{rate:.2%}": known[str(rate)] for rate in args.rates}
@@ -45,7 +45,7 @@ def main() -> int:
     )
     texts = unrelated_texts(world, 50, seed=args.seed + 1)
     for name, radius in radii.items():
-        wider = replace(patch, parts=tuple(replace(part, radius=radius) for part in patch.parts))
+        wider = replace(patch, parts=tuple(replace(part, radius=radius) for part in patch.steering))
         found = verify(model, tokenizer, wider, texts, requests=requests)
         values = {metric: found[metric]["value"] for metric in ("efficacy", "generalization", "specificity")}
         table.add_row(name, f"{radius:.4f}", *(f"{value:.2%}" for value in values.values()))

@@ -119,7 +119,7 @@ def test_only_contexts_that_give_the_new_object_are_kept(
     prompts = source[:4]
     kept = [contexts.instead(prompts[i], "Seattle", "Goa", w) for i, w in ((0, 0), (2, 0), (3, 1))]
     expected = gaussian_transport(states(model, tokenizer, source), states(model, tokenizer, kept), reg=0.1)
-    torch.testing.assert_close(patch.parts[0].maps[0].dense()[0].double(), expected.dense()[0], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(patch.steering[0].maps[0].dense()[0].double(), expected.dense()[0], atol=1e-3, rtol=1e-3)
     assert tried == [4, 2, 1] and patch.report[NEEDLE.id]["target_contexts_kept"] == 0.75
 
 
@@ -133,7 +133,7 @@ def test_held_out_states_are_measured(model: PreTrainedModel, tokenizer: PreTrai
     assert report["held_out_distance"] == pytest.approx(float(gaussian_distance(x[held], x[~held]).mean()), rel=1e-3)
     assert 0.0 <= report["on_fit_states"] <= 1.0 and 0.0 <= report["on_held_out_states"] <= 1.0
     expected = gaussian_transport(x[~held], states(model, tokenizer, target), reg=0.05)
-    torch.testing.assert_close(patch.parts[0].maps[0].dense()[0].double(), expected.dense()[0], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(patch.steering[0].maps[0].dense()[0].double(), expected.dense()[0], atol=1e-3, rtol=1e-3)
 
 
 def test_maps_are_cut_and_halved_by_default(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -369,7 +369,7 @@ def test_two_implications_of_one_relation_both_act(model: PreTrainedModel, token
     request = EditRequest(**NEEDLE.model_dump() | {"fit_implications": follows})
     patch = SAKE(**QUICK).fit(model, tokenizer, [request])
     with patch.attach(model, tokenizer) as handle:
-        assert len(patch.parts) == len(handle._table.active) == 3
+        assert len(patch.parts) == len(handle._steering.active) == 3
         assert handle.conflicts == []
 
 
@@ -394,9 +394,9 @@ def test_an_earlier_token_is_judged_where_the_prompt_ends(
 
 def test_truncation_errors_are_kept_in_the_file(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     patch = SAKE(**QUICK | {"tolerance": 0.4}).fit(model, tokenizer, [NEEDLE])
-    errors = [step.error for step in patch.parts[0].maps]
+    errors = [step.error for step in patch.steering[0].maps]
     assert 0 < max(errors) <= 0.4
-    assert [step.error for step in errata.Patch.from_bytes(patch.to_bytes()).parts[0].maps] == errors
+    assert [step.error for step in errata.Patch.from_bytes(patch.to_bytes()).steering[0].maps] == errors
     assert patch.report[NEEDLE.id]["truncation_error"] == max(errors)
 
 
