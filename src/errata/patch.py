@@ -322,8 +322,6 @@ class Handle:
 
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
         """What the loaded steering edits, all patches together, say about each prompt; low-rank edits have no scope."""
-        if not self._steering.active:
-            return [Decision(edit=None, nearest=None, distance=float("nan"), radius=float("nan")) for _ in prompts]
         return self._steering.decide(prompts)
 
     @contextmanager
