@@ -16,7 +16,9 @@ from errata.maths.transport import gaussian_distance, gaussian_transport, mean_s
 from errata.model.generate import greedy_answers
 from errata.model.loading import bundled
 from errata.prompts import contexts
+from errata.scope.features import gate_features
 from errata.scope.gate import GATE_FILE, Gate, save_gate
+from errata.steering import Steering
 
 QUICK: dict[str, Any] = {
     "prompts": 9,
@@ -285,6 +287,33 @@ def test_gates_by_name(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFas
     assert patch.parts[0].radius == 0.25
     with pytest.raises(ConfigError, match="expected a gate file"):
         gate(gate=str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("wordings", [1, 2, 7, 8])
+def test_reach_cuts_the_calibrated_radius(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Any, wordings: int
+) -> None:
+    """With wordings enough (8 for the edit, 2 for what follows) no farther than 1.5 times the farthest of its prompts."""
+    calibrated = Gate(layers=(1,), radius=1000.0)
+    save_gate(calibrated, tmp_path / GATE_FILE)
+    given = tuple(f"The Space Needle, seen {i} times, stands in" for i in range(wordings))
+    about = {"relation": "country", "answer": "India"}
+    follows = [{"prompt": f"Visit {i} to the country of The Space Needle:", **about} for i in range(wordings)]
+    request = EditRequest(**(NEEDLE.model_dump(exclude={"id"}) | {"fit_prompts": given, "fit_implications": follows}))
+    options = QUICK | {"prompts": 12, "radius": None, "gate": str(tmp_path / GATE_FILE)}
+    edit, consequence = SAKE(**options).fit(model, tokenizer, [request]).steering
+
+    def farthest(part: Steering, prompts: list[str]) -> float:
+        points = calibrated.points(gate_features(model, tokenizer, prompts, calibrated))
+        return float(calibrated.distances(points, part.centre[None]).max())
+
+    prompts = contexts.lead_ins([*given, request.text], 12, 0)
+    cut = 1.5 * farthest(edit, prompts)
+    assert edit.radius == pytest.approx(cut if wordings == 8 else 1000.0, rel=1e-5) and cut < 1000
+    cut = 1.5 * farthest(consequence, contexts.lead_ins([f["prompt"] for f in follows], 4, 0))
+    assert consequence.radius == pytest.approx(cut if wordings > 1 else 1000.0, rel=1e-5) and cut < 1000
+    wide = SAKE(**options, reach=None).fit(model, tokenizer, [request])
+    assert [part.radius for part in wide.steering] == [1000.0, 1000.0]
 
 
 def test_an_inner_layer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -59,6 +59,9 @@ PAPER = {
 }
 CODE = PAPER | {"affirm": True}
 POOLED = {"implications": "pooled", "pooled_implications": 25}
+# How many wordings tell how far apart wordings lie, for an edit and for a consequence. The latter's near neighbours are about
+# the very same subject ("the mother tongue of X", "the language of the country of X"), so it is held tight from two on.
+WORDINGS, CONSEQUENCE_WORDINGS = 8, 2
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,9 @@ class SAKEConfig:
     context makes the model say the new object, move target states until they do. strength: factor on the shift between the
     means (1: the paper's). gate: `auto` (the model's calibrated gate, else mid-depth activations), `classifier` (a logistic
     plane over the same points, trained on the edit's prompts against stock texts), `final` (what the head reads), a gate file,
-    or `encoder:NAME`; radius: in the gate's unit, instead of the calibrated one. tolerance: relative error at which maps
-    are truncated. half: store maps in half precision. chat: wrap every prompt in the tokenizer's chat template.
+    or `encoder:NAME`; radius: in the gate's unit, instead of the calibrated one; reach: where an edit has wordings enough, a
+    calibrated radius is cut to this many times the distance of the farthest (None: it is not). tolerance: relative error at
+    which maps are truncated. half: store maps in half precision. chat: wrap every prompt in the tokenizer's chat template.
     """
 
     prompts: int = 100
@@ -96,6 +100,7 @@ class SAKEConfig:
     lift: bool = True
     gate: str = "auto"
     radius: float | None = None
+    reach: float | None = 1.5
     strength: float = 1.15
     tolerance: float = 0.02
     half: bool = True
@@ -116,9 +121,9 @@ class SAKEConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"expected {name} to be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
-        if min(self.noise, self.noise_copies, self.pooled_implications, self.radius or 0.0) < 0:
+        if min(self.noise, self.noise_copies, self.pooled_implications, self.radius or 0.0, self.reach or 0.0) < 0:
             raise ConfigError(
-                "expected noise, noise_copies, pooled_implications and radius of at least 0; found a negative one"
+                "expected noise, noise_copies, pooled_implications, radius and reach of at least 0; found a negative one"
             )
         if not self.reg > 0 or not 0 <= self.tolerance < 1:
             raise ConfigError(
@@ -228,7 +233,7 @@ class _Fit:
             self._pooled(states, targets) if self.config.implications == "pooled" else (states[:0, 0], targets[:0, 0])
         )
         self.report["prompts"] = len(prompts)
-        return self._part(request.key, prompts, states, targets, answer, pooled, self.report)
+        return self._part(request.key, prompts, len(set(given)), states, targets, answer, pooled, self.report)
 
     def implications(self) -> list[Steering]:
         """A part for each thing that follows from the edit and that the model does not say already."""
@@ -257,6 +262,7 @@ class _Fit:
             note["skipped"] = "the model gives no answer under the new premise"
             return None
         answer = self._answer(prompts[0], text)
+        n_wordings = len(set(prompts))
         prompts = contexts.lead_ins(prompts, self.config.implication_prompts, self.seed)
         states = self._states(prompts, answer)
         if self._said(states, answer).double().mean() > 0.9:
@@ -268,7 +274,8 @@ class _Fit:
         wordings = [lambda p, w: contexts.supposed(new, p, w), lambda p, w: contexts.repeat(p, text, w)]
         targets = self._targets(wordings, prompts, answer, note)
         none = (states[:0, 0], targets[:0, 0])
-        return self._part(f"{request.key} -> {about} = {text}", prompts, states, targets, answer, none, note)
+        key = f"{request.key} -> {about} = {text}"
+        return self._part(key, prompts, n_wordings, states, targets, answer, none, note)
 
     # -- states ------------------------------------------------------------------------------------------------------
 
@@ -405,10 +412,13 @@ class _Fit:
     # -- map and scope -----------------------------------------------------------------------------------------------
 
     def _part(
-        self, key: str, prompts: list[str], states: Tensor, targets: Tensor, answer: list[int],
+        self, key: str, prompts: list[str], wordings: int, states: Tensor, targets: Tensor, answer: list[int],
         pooled: tuple[Tensor, Tensor], note: dict[str, Any],
     ) -> Steering:  # fmt: skip
-        """Maps of every step (§15: X_s to X_t), the scope, and what the report says about them."""
+        """Maps of every step (§15: X_s to X_t), the scope, and what the report says about them.
+
+        wordings: how many of the prompts differ by more than a lead-in; they come first.
+        """
         held = (torch.arange(len(states)) % 10 == 9) & (len(states) >= 20)
         fitted, none = states[~held], states[:0, 0, 0]
         maps = [
@@ -435,15 +445,18 @@ class _Fit:
             note["held_out_distance"] = float(gaussian_distance(states[held, 0, 0], states[~held, 0, 0]).mean())
         note["rank"], note["truncation_error"] = [step.rank for step in maps], max(step.error for step in maps)
         own = self.request.text if key == self.request.key else prompts[0]
-        centre, radius = self._ball(self._points(prompts), self._points([own])[0], note)
+        spread = min(wordings, len(prompts)) >= (WORDINGS if key == self.request.key else CONSEQUENCE_WORDINGS)
+        centre, radius = self._ball(self._points(prompts), self._points([own])[0], spread, note)
         return Steering(
             edit=self.request.id, key=key, gate=self.gate, centre=centre, radius=float(radius),
             target_ids=tuple(answer), maps=tuple(maps), site=self.config.layer,
         )  # fmt: skip
 
-    def _ball(self, points: Tensor, own: Tensor, note: dict[str, Any]) -> tuple[Tensor, float]:
+    def _ball(self, points: Tensor, own: Tensor, spread: bool, note: dict[str, Any]) -> tuple[Tensor, float]:
         """Centre (k,) and radius of the edit's scope: given, calibrated, learned, or from its own prompts and stock texts.
 
+        spread: whether the points tell how far apart wordings lie: then a calibrated radius, made for the widest relation, is
+        cut to `reach` times the distance of the farthest.
         A few odd fit_prompts must not pull the centre away from what the edit is about: where its own prompt (`own`, (k,))
         would lie farther out than half the radius, the centre moves towards it.
         """
@@ -460,6 +473,8 @@ class _Fit:
                 if self.gate.distances(own[None], moved[None]).item() <= given / 2:
                     break
             note |= {"centre_moved": share} if share else {}
+            if self.config.reach is not None and self.config.radius is None and spread:
+                given = min(given, self.config.reach * float(self.gate.distances(points, moved[None]).max()))
             return moved, given
         note["radius_from"] = "own prompts against stock texts (`errata calibrate` makes a calibrated gate)"
         return centre, radius_from_prompts(

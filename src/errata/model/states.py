@@ -14,6 +14,9 @@ from errata.model.hooks import ForwardHook, Hooks, first_tensor
 from errata.model.room import check_room
 from errata.model.tokens import Batch, pad, token_ids
 
+CPU_TOKENS = 1024  # padded tokens a pass runs: activations that stay in a core's cache
+OTHER_TOKENS = 8192
+
 
 class _Stop(Exception):
     """Everything asked for has been computed."""
@@ -42,7 +45,7 @@ def last_states(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     site: Site = "final",
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
 ) -> Tensor:
     """(n, d) float32 on CPU: the state of each text's last token at `site`, activation units.
 
@@ -61,17 +64,18 @@ def states_at(
     positions: Sequence[Sequence[int]],
     sites: Sequence[Site],
     *,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
 ) -> dict[Site, list[Tensor]]:
     """States of tokenised texts: for each site one (len(positions[i]), d) float32 CPU tensor per row, in input order.
 
     rows: token ids, of different lengths; positions: token indices per row, negative ones count from the row's end;
-    batch_tokens: padded tokens per forward pass. Attached patches act. The forward pass stops after the last module
-    needed, and leaves no hook; weights, modes, gradients and random state stay as they are.
+    batch_tokens: padded tokens per forward pass, by default what suits the device. Attached patches act. The forward pass
+    stops after the last module needed, and leaves no hook; weights, modes, gradients and random state stay as they are.
     Raises ShapeError if a position lies outside its row, AnatomyError for a bad site, RequestError for a row that is
     longer than the model's positions.
     """
     check_room(model, rows)
+    batch_tokens = batch_tokens or (CPU_TOKENS if input_device(model).type == "cpu" else OTHER_TOKENS)
     where = _absolute(rows, positions)
     parts = anatomy(model)
     paths = {site: parts.site(site) for site in sites}
