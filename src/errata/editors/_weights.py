@@ -292,8 +292,12 @@ def layer_index(model: Any, layer: int | None, default: int = 0) -> int:
 
 
 def third(model: Any) -> int:
-    """The layer a third of the way up: near where causal tracing finds facts in GPT-2 XL (layer 17 of 48)."""
-    return max(0, round(anatomy(model).n_layers / 3))
+    """The layer a third of the way up: near where causal tracing finds facts in GPT-2 XL (layer 17 of 48); never the last.
+
+    What the last layer puts out at the subject reaches no later token.
+    """
+    n_layers = anatomy(model).n_layers
+    return max(0, min(round(n_layers / 3), n_layers - 2))
 
 
 def part(model: Any, edits: Sequence[str], U: Tensor, V: Tensor, layer: int) -> LowRank:

@@ -262,4 +262,9 @@ def refuse_contradictions(requests: Sequence[EditRequest]) -> None:
 
 def _shifted(progress: Progress | None, start: int, of: int, total: int) -> Progress | None:
     """Progress in requests, from that in the jobs of a batch of `of` requests that begins at `start`."""
-    return progress and (lambda done, jobs: progress(start + done * of // jobs, total))
+
+    def shifted(done: int, jobs: int) -> None:
+        if progress is not None and (now := done * of // jobs) > (done - 1) * of // jobs:
+            progress(start + now, total)
+
+    return shifted
