@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from rome import machine, options_of
 
 import errata
 import errata.files
@@ -24,6 +23,7 @@ from errata.atlas.requests import counterfactual_requests
 from errata.atlas.world import load_world
 from errata.bench.verify import verify
 from errata.editors import get_editor
+from rome import machine, options_of
 
 METRICS = ("efficacy", "generalization", "specificity")
 

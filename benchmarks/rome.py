@@ -32,8 +32,7 @@ from errata.atlas.world import World, link, load_world
 from errata.bench.singles import Question, alone, judge_singles
 from errata.bench.verify import environment
 from errata.editors import get_editor
-from errata.editors._contexts import rome_contexts
-from errata.editors._weights import layer_index, statistics_of, third
+from errata.editors._weights import context_types, layer_index, statistics_of, third
 
 OTHERS = 3  # facts asked about per edit, of other subjects and of the same one
 
@@ -47,9 +46,7 @@ def questions_of(world: World, requests: list[errata.EditRequest], seed: int) ->
         if fact is None:
             raise SystemExit(f"expected edits of Atlas's facts, found {request.text!r}")
         asked.append(Question(request.id, "efficacy", request.text, request.target_new))
-        asked += [
-            Question(request.id, "generalization", p, request.target_new) for p in paraphrases(world, fact, rng)
-        ]
+        asked += [Question(request.id, "generalization", p, request.target_new) for p in paraphrases(world, fact, rng)]
         same = [f for f in world.by_relation[fact.relation] if f.split == fact.split and f.subject != fact.subject]
         own = [f for f in world.by_subject[link(fact.subject)] if f.relation != fact.relation]
         for metric, facts in (("other_subjects", same), ("other_relations", own)):
@@ -76,8 +73,9 @@ def figures(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]
     Editor = get_editor(args.method)
     if args.mode:  # contexts and statistics made once, for both ways alike
         layer = layer_index(model, options.get("layer"), third(model))
-        statistics = statistics_of(Editor.Config(), model, tokenizer, [layer])
-        options = options | {"contexts": rome_contexts(model, tokenizer, args.seed), "statistics": statistics}
+        statistics = statistics_of(Editor(**options).config, model, tokenizer, [layer])
+        [contexts] = context_types(Editor(**options).config, model, tokenizer, args.seed, like="rome")
+        options = options | {"contexts": contexts, "statistics": statistics}
     editor = Editor(**options | ({"reuse": False} if args.mode == "one" else {}))
     chosen = requests[: args.one] if args.mode == "one" else requests
     if args.mode:
@@ -169,6 +167,8 @@ def main() -> int:
     parser.add_argument("--out")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.speed and args.method != "rome":
+        parser.error("--speed is about ROME")
     state = machine(args.threads)
     found = speed(args) if args.speed and not args.mode else figures(args, options_of(args.set))
     text = json.dumps({args.method: found, "machine": state}, indent=1, ensure_ascii=False)

@@ -41,9 +41,7 @@ def alone(patch: Patch) -> list[Patch]:
         replace(
             patch,
             requests=(request,),
-            parts=tuple(
-                own for p in patch.parts if isinstance(p, LowRank) and (own := p.only(request.id)) is not None
-            ),
+            parts=tuple(own for p in patch.parts if isinstance(p, LowRank) and (own := p.only(request.id)) is not None),
             report={k: v for k, v in patch.report.items() if k == request.id},
         )
         for request in patch.requests

@@ -241,9 +241,7 @@ class _Search:
             said, drifted = logits.split((len(logits) - n, n))  # one gradient of the logits, not one of each term
             for term in self.terms:
                 before = {name: loss.detach() for name, loss in losses.items()}
-                look = Look(
-                    step, state.edits, leaf, state.origin, layout, said, drifted, state.base, states, before
-                )
+                look = Look(step, state.edits, leaf, state.origin, layout, said, drifted, state.base, states, before)
                 losses[term.name] = term(look)
             total = torch.stack(list(losses.values())).sum(0)
         return losses, total, leaf

@@ -23,8 +23,9 @@ class Look:
     """What the terms see at one step: E edits in n rows with R reads, the vectors delta (E, d) inside the model.
 
     step: evaluations before this one; edits (E,): their indices among all jobs; origin (E, d): the site's output on the bare
-    prompt; logits (R, V) at the layout's reads that have a target, drifted (E, V) at the essence reads behind them (0, V without);
-    base (E, V): log-probabilities of the unedited model there, or None; states: layer -> (n, S, d), S columns from the edited token on; losses: the terms before this one, detached.
+    prompt; logits (R, V) at the layout's reads that have a target, drifted (E, V) at the essence reads behind them (0, V
+    without); base (E, V): log-probabilities of the unedited model there, or None; states: layer -> (n, S, d), S columns from
+    the edited token on; losses: the terms before this one, detached.
     """
 
     step: int
