@@ -21,7 +21,7 @@ def joint(model: Any, tokenizer: Any, n: int = 3) -> Patch:
     """A patch of n independent random edits in one low-rank part."""
     generator = torch.Generator().manual_seed(5)
     weight = model.get_submodule("transformer.h.0.mlp.c_proj").weight
-    V, U = (torch.randn(size, n, generator=generator) for size in weight.shape)
+    V, U = (0.1 * torch.randn(size, n, generator=generator) for size in weight.shape)
     asked = tuple(EditRequest(prompt=f"{{}} {i}", subject="France", target_new="Rome") for i in range(n))
     part = LowRank(tuple(r.id for r in asked), U, V, 0)
     base = base_of(model, tokenizer, ["transformer.h.0.mlp.c_proj.weight"])
