@@ -59,9 +59,12 @@ def main() -> int:
     curve: dict[str, list[dict[str, Any]]] = {}
     for size in args.sizes:
         requests = counterfactual_requests(world, max(size, 10), split=args.split, seed=args.seed)
+        if len(requests) < size:
+            raise SystemExit(f"expected at least {size} facts of the {args.split} split, found {len(requests)}")
         groups = [requests[i : i + size] for i in range(0, len(requests) - size + 1, size)]
         curve[str(size)] = own = [batch(model, tokenizer, editor, group, args.seed) for group in groups]
-        mean = [sum(b[m]["value"] for b in own) / len(own) for m in METRICS]
+        known = {m: [b[m]["value"] for b in own if b[m]["value"] is not None] for m in METRICS}
+        mean = [sum(values) / len(values) for values in known.values()]
         seconds = sum(b["seconds_fit_per_edit"] for b in own) / len(own)
         table.add_row(str(len(groups[0])), *(f"{value:.1%}" for value in mean), f"{seconds:.3f}")
     Console(stderr=True).print(table)
