@@ -329,6 +329,15 @@ def test_reuse_with_a_window_shorter_than_the_texts(double: Tiny, tokenizer: Any
     assert relative(reused.delta, wide.delta) > 1e-3, "the window should matter"
 
 
+def test_essence_rows_are_packed_behind_all_others_and_stay_there(tokenizer: Any) -> None:
+    layout = pack(rows_of(tokenizer, JOBS, "{} is a"))
+    for some in (layout, layout.keep(torch.tensor([0, 2]))[0]):
+        n, edits = int(some.essence.sum()), int(some.owner.max()) + 1
+        assert n == edits and bool(some.essence[-n:].all()) and some.owner[-n:].tolist() == list(range(edits))
+        assert (some.target < 0).nonzero()[:, 0].tolist() == list(range(len(some.target) - n, len(some.target)))
+        assert some.owner[some.bare].tolist() == list(range(edits))
+
+
 def test_the_norm_after_the_mlp_of_gemma2_runs_anew(double: Tiny, tokenizer: Any) -> None:
     layout = pack(rows_of(tokenizer, JOBS[:1]))
     for family, plain in (("gemma2", False), ("gemma", True), ("gptj", True)):
