@@ -165,9 +165,7 @@ def _report(
 # -- editors and their settings ------------------------------------------------------------------------------------------
 
 
-def make_editor(
-    method: str, preset: str | None, settings: Sequence[str] | None, config: Path | None = None
-) -> Any:
+def make_editor(method: str, preset: str | None, settings: Sequence[str] | None, config: Path | None = None) -> Any:
     """The editor of a method, with a preset, a file of `errata tune` and `NAME=VALUE` settings, the later over the earlier.
 
     Raises ConfigError, UnknownEditorError.
@@ -190,7 +188,9 @@ def options_of(path: Path, editor: Any) -> dict[str, Any]:
         raise ConfigError(f'expected {{"method": ..., "options": {{...}}}} in {path}, as `errata tune` writes it')
     if value.get("method", editor.method) != editor.method:
         raise ConfigError(f"{path} holds options of {value['method']}, not of {editor.method}; name that --method")
-    return _changes(editor.Config, [f"{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in options.items()])
+    return _changes(
+        editor.Config, [f"{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in options.items()]
+    )
 
 
 def with_batch(editor: Any, batch: int) -> Any:

@@ -26,7 +26,12 @@ ROME_PUBLISHED: Mapping[str, Any] = {
     "norm_form": "published",
     "norm_counts": True,
 }
-MEMIT_PUBLISHED: Mapping[str, Any] = {"kl_position": "subject_last", "norm_form": "published", "norm_counts": True}
+MEMIT_PUBLISHED: Mapping[str, Any] = {
+    "key_average": "by type",
+    "kl_position": "subject_last",
+    "norm_form": "published",
+    "norm_counts": True,
+}
 
 
 @dataclass(frozen=True)
@@ -69,19 +74,19 @@ def _memit(
 
 # statistics=None: the released files for Llama switch the key statistics off (C = I).
 TABLE: tuple[ModelRow, ...] = (
-    ModelRow("gpt2-medium", "gpt2", 24, 1024, 4096, _rome(8, clamp=3.0), _memit(4, 8, lam=12_800, steps=20)),
-    ModelRow("gpt2-large", "gpt2", 36, 1280, 5120, _rome(12), _memit(8, 12, lam=16_000, steps=20)),
-    ModelRow("gpt2-xl", "gpt2", 48, 1600, 6400, _rome(17), _memit(13, 17, lam=20_000, steps=20)),
-    ModelRow("gpt-j-6b", "gptj", 28, 4096, 16384, _rome(5), _memit(3, 8, lam=15_000, steps=25)),
+    ModelRow("gpt2-medium", "gpt2", 24, 1024, 4096, _rome(8, clamp=3.0), _memit(4, 8, lam=12_800.0, steps=20)),
+    ModelRow("gpt2-large", "gpt2", 36, 1280, 5120, _rome(12), _memit(8, 12, lam=16_000.0, steps=20)),
+    ModelRow("gpt2-xl", "gpt2", 48, 1600, 6400, _rome(17), _memit(13, 17, lam=20_000.0, steps=20)),
+    ModelRow("gpt-j-6b", "gptj", 28, 4096, 16384, _rome(5), _memit(3, 8, lam=15_000.0, steps=25)),
     ModelRow(
         "llama-2-7b", "llama", 32, 4096, 11008,
         _rome(5, steps=25, norm=1e-3, statistics=None),
-        _memit(4, 8, lam=15_000, steps=25, clamp=4.0, norm=1e-3),
+        _memit(4, 8, lam=15_000.0, steps=25, clamp=4.0, norm=1e-3),
     ),
     ModelRow(
         "llama-3-8b", "llama", 32, 4096, 14336,
         _rome(5, steps=25, norm=1e-3, statistics=None),
-        _memit(4, 8, lam=15_000, steps=25, lr=0.1),
+        _memit(4, 8, lam=15_000.0, steps=25, lr=0.1),
     ),
 )  # fmt: skip
 
@@ -97,15 +102,28 @@ def for_model(model: nn.Module) -> ModelRow | None:
     return next((row for row in TABLE if row.shape == shape), None)
 
 
+def rome_layer(model: nn.Module) -> int:
+    """The layer of the model's row, else a third of the depth: near where tracing finds facts in GPT-2 XL (layer 17 of 48)."""
+    row = for_model(model)
+    return row.rome.layers[0] if row else round(anatomy(model).n_layers / 3)
+
+
+def memit_layers(model: nn.Module) -> tuple[int, ...]:
+    """The layers of the model's row, else a tenth of the depth (2 at least) that ends a third of the way up."""
+    row = for_model(model)
+    if row:
+        return row.memit.layers
+    top, depth = rome_layer(model), anatomy(model).n_layers
+    return tuple(range(max(0, top + 1 - max(2, round(depth / 10))), top + 1))
+
+
 def rome_presets() -> dict[str, dict[str, Any]]:
-    """ROME's presets: "published" (its behaviours, layer and strengths as they are), and each row under its name."""
+    """ROME's presets: "published" behaviours, and each row under its name."""
     rows = {row.name: {"layer": row.rome.layers[0], **row.rome.options} for row in TABLE}
     return {"published": dict(ROME_PUBLISHED), **rows}
 
 
 def memit_presets() -> dict[str, dict[str, Any]]:
-    """MEMIT's presets, as ROME's."""
-    return {
-        "published": dict(MEMIT_PUBLISHED),
-        **{row.name: {"layers": row.memit.layers, **row.memit.options} for row in TABLE},
-    }
+    """MEMIT's presets: "published" behaviours with lambda and clamp of most files, and each row under its name."""
+    rows = {row.name: {"layers": row.memit.layers, **row.memit.options} for row in TABLE}
+    return {"published": {"lam": 15_000.0, "clamp": 0.75, **MEMIT_PUBLISHED}, **rows}
