@@ -150,6 +150,7 @@ class Layout:
     batch: ids, mask, position_ids (n, T); at (n,): the edited token of each row; lead, span: the most tokens before it, and
     from it on, in any row. head (n,): tokens at the start that were run before, as number `which` (n,) of the heads.
     owner (n,): the edit of each row, 0 .. E - 1; bare, essence (n,): what kind of row it is.
+    Rows of an edit's essence come after all others, in the order of their edits.
     Reads, ordered by row: read_row (R,), read_col (R,) counted from the edited token, target (R,) with -1 in essence rows,
     weight (R,) float64.
     """
@@ -216,7 +217,8 @@ class Layout:
         t = self.at[:, None] - self.lead + self._steps(self.lead)
         width = 0 if heads is None else heads.shape[2]
         cols = torch.where(t < self.head[:, None], t, width + t - self.head[:, None]).clamp(min=0)
-        return torch.take_along_dim(torch.cat(known, 2), cols.to(known[0].device)[:, None, :, None], 2)
+        both, cols = torch.cat(known, 2), cols.to(known[0].device)
+        return both[torch.arange(self.n, device=both.device)[:, None], :, cols].transpose(1, 2)
 
     def stretch(self, start: Tensor, stop: Tensor) -> Batch:
         """Tokens start (n,) to stop (n,) of each row, padded on the right, and the mask with what the cache holds before."""
@@ -248,6 +250,7 @@ def pack(
 ) -> Layout:
     """The layout of some edits' rows; edit i of the layout is rows[i], whatever number it had. heads: those that were run."""
     flat = [(edit, row) for edit, own in enumerate(rows) for row in own]
+    flat.sort(key=lambda pair: not pair[1].targets)  # essence rows last: logits fall into two slices
     reads = [
         (i, t - row.at, row.targets[k] if row.targets else -1, row.weight)
         for i, (_, row) in enumerate(flat)

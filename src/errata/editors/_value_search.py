@@ -235,10 +235,13 @@ class _Search:
         leaf = delta.detach().clone().requires_grad_()
         losses: dict[str, Tensor] = {}
         with torch.enable_grad():
+            layout = state.run.layout
             logits, states = state.run(leaf)
+            n = int(layout.essence[layout.read_row].sum())
+            said, drifted = logits.split((len(logits) - n, n))  # one gradient of the logits, not one of each term
             for term in self.terms:
                 before = {name: loss.detach() for name, loss in losses.items()}
-                look = Look(step, state.edits, leaf, state.origin, state.run.layout, logits, state.base, states, before)
+                look = Look(step, state.edits, leaf, state.origin, layout, said, drifted, state.base, states, before)
                 losses[term.name] = term(look)
             total = torch.stack(list(losses.values())).sum(0)
         return losses, total, leaf

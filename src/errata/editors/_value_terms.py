@@ -23,8 +23,9 @@ class Look:
     """What the terms see at one step: E edits in n rows with R reads, the vectors delta (E, d) inside the model.
 
     step: evaluations before this one; edits (E,): their indices among all jobs; origin (E, d): the site's output on the bare
-    prompt; logits (R, V) at the layout's reads; base (E, V): log-probabilities of the unedited model at the essence read, or
-    None; states: layer -> (n, S, d), S columns from the edited token on; losses: the terms before this one, detached.
+    prompt; logits (R, V) at the layout's reads that have a target, drifted (E, V) at the essence reads behind them (0, V
+    without); base (E, V): log-probabilities of the unedited model there, or None; states: layer -> (n, S, d), S columns from
+    the edited token on; losses: the terms before this one, detached.
     """
 
     step: int
@@ -33,6 +34,7 @@ class Look:
     origin: Tensor
     layout: Layout
     logits: Tensor
+    drifted: Tensor
     base: Tensor | None
     states: Mapping[Site, Tensor]
     losses: dict[str, Tensor]
@@ -76,8 +78,8 @@ class NLL(Term):
 
     def __call__(self, look: Look) -> Tensor:
         layout = look.layout
-        said = layout.target >= 0
-        nll = F.cross_entropy(look.logits[said].to(look.delta.dtype), layout.target[said], reduction="none")
+        said = slice(len(look.logits))
+        nll = F.cross_entropy(look.logits.to(look.delta.dtype), layout.target[said], reduction="none")
         weighted = nll * layout.weight[said].to(nll.dtype)
         return self.weight * look.per_edit(weighted, layout.owner[layout.read_row[said]])
 
@@ -103,9 +105,8 @@ class EssenceKL(Term):
     def __call__(self, look: Look) -> Tensor:
         if look.base is None:
             raise ConfigError("expected the unedited model's distribution for the essence term, found none.")
-        drifted = look.layout.target < 0
-        now = F.log_softmax(look.logits[drifted].to(look.delta.dtype), -1)
-        owner = look.layout.owner[look.layout.read_row[drifted]]
+        now = F.log_softmax(look.drifted.to(look.delta.dtype), -1)
+        owner = look.layout.owner[look.layout.read_row[len(look.logits) :]]
         return self.weight * look.per_edit((now.exp() * (now - look.base[owner])).sum(-1), owner)
 
 
