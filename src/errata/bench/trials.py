@@ -6,13 +6,14 @@ cost of one pass. Edits are judged all at once, or one at a time with a patch in
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from errata.bench.metrics import by_case, rate
 from errata.bench.probes import Probe, probes_of
+from errata.bench.singles import alone
 from errata.edit import EditRequest
 from errata.model.generate import cut, greedy
 from errata.model.room import check_room
@@ -49,7 +50,7 @@ def judge(
     model: Any, tokenizer: Any, patch: Patch, asked: Asked, *, single: bool, batch: int = 64
 ) -> dict[str, float | None]:
     """{efficacy, generalization, specificity}: means over edits; None without probes. single: each edit by itself."""
-    alone = {request.id: _only(patch, request) for request in patch.requests} if single else {}
+    own_patch = {one.ids[0]: one for one in alone(patch)} if single else {}
     order = sorted(range(len(asked.rows)), key=lambda i: len(asked.rows[i]))
     said = [False] * len(order)
     device = next(model.parameters()).device
@@ -57,7 +58,7 @@ def judge(
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             rows = pad([asked.rows[i] for i in chosen], pad_id(tokenizer), device)
-            own = [alone[asked.probes[i].case] for i in chosen] if single else []
+            own = [own_patch[asked.probes[i].case] for i in chosen] if single else []
             with torch.no_grad(), attach_rows(model, tokenizer, own) if single else nullcontext():
                 best = model(**rows.inputs(model), use_cache=False).logits.argmax(-1).cpu()
             for row, i in enumerate(chosen):
@@ -69,9 +70,3 @@ def judge(
         figure = rate(by_case((asked.probes[i].case for i in at), (said[i] for i in at)).values(), kind)
         found[kind] = figure.value if figure else None
     return found
-
-
-def _only(patch: Patch, request: EditRequest) -> Patch:
-    """The patch of one of a patch's edits. A joint write is not solved again for it."""
-    parts = (part.only(request.id) for part in patch.low_rank)
-    return replace(patch, requests=(request,), parts=tuple(part for part in parts if part is not None), report={})
