@@ -1,12 +1,18 @@
 """Taking edits back: what the inverse edit leaves behind, and what detaching does."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from conftest import tiny_model
 from errata.bench.flexibility import flexibility, inverse
-from errata.edit import EditRequest
+from errata.cli import app
+from errata.edit import EditRequest, write_requests
 from errata.editors.memit import MEMIT
 from errata.editors.rome import ROME
 from errata.errors import RequestError
@@ -55,3 +61,50 @@ def test_the_inverse_of_a_request(tokenizer: PreTrainedTokenizerFast) -> None:
     assert inverse(back).id == request.id
     with pytest.raises(RequestError, match="old object of 'Go and see The Needle'"):
         inverse(request.model_copy(update={"target_true": None}))
+
+
+@pytest.fixture
+def place(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """A folder with a model and requests."""
+    tiny_model("gpt2", 3).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_requests(tmp_path / "requests.jsonl", requests({}))
+    return tmp_path
+
+
+def run(*words: object) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_the_command(place: Path) -> None:
+    sets = ["--set=layer=1", *(f"--set={name}={value}" for name, value in QUICK.items())]
+    asked = ("-m", place / "model", "--method", "rome", "--requests", place / "requests.jsonl", *sets)
+    done = run("flexibility", *asked, "--json")
+    assert done.exit_code == 0, done.output
+    value = json.loads(done.stdout)
+    assert value["restored"] and value["detached"]["kl.prob"] == 0.0 < value["inverse"]["kl.prob"]
+    assert "detached: restored bit for bit" in run("flexibility", *asked).stdout
+    without = run("flexibility", "-m", place / "model")
+    assert without.exit_code == 2 and "give --requests" in without.stderr
+
+
+def test_single_edits_are_verified_alone(place: Path) -> None:
+    sets = [f"--set={name}={value}" for name, value in QUICK.items()]
+    asked = (
+        "verify",
+        "-m",
+        place / "model",
+        "--requests",
+        place / "requests.jsonl",
+        "--unrelated",
+        "0",
+        *sets,
+        "--json",
+    )
+    value = json.loads(run(*asked, "--method", "rome", "--single").stdout)
+    assert value["single"] and value["restored"] and value["n_edits"] == value["efficacy"]["n"] == 3
+    assert value["specificity"]["protocol"].startswith("specificity.generate") and value["locality"]["value"] is None
+    assert value["efficacy"]["protocol"].endswith("each edit alone")
+    assert not json.loads(run(*asked, "--method", "rome").stdout)["single"]
+    joint = run(*asked, "--method", "memit", "--single")
+    assert joint.exit_code == 2 and "memit edits are written together" in joint.stderr

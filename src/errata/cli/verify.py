@@ -97,10 +97,8 @@ def verify(
     judged = _judged(
         model, edits, with_judges(edits.requests, plan) if patch and plan else edits.requests, seed, sealed
     )
-    if single:
-        found = _ask_singly(loaded, tokenizer, edits, judged)
-    else:
-        found = _ask(loaded, tokenizer, edits, unrelated_texts, judged)
+    asked = _ask_singly(loaded, tokenizer, edits, judged) if single else None
+    found = asked or _ask(loaded, tokenizer, edits, unrelated_texts, judged)
     failures = found.pop("failures")
     if rows:
         lines = (json.dumps(failure, ensure_ascii=False) for failure in failures)
@@ -263,9 +261,10 @@ def _print(value: dict[str, Any], failures: list[dict[str, Any]]) -> None:
             row(some, f["kind"], f["prompt"], f["expected"], f["got"])
         out().print(some)
     pace = f", {value['seconds_fit_per_edit']:.2f} s per fit" if value["seconds_fit_per_edit"] is not None else ""
+    together = "one at a time" if value["single"] else "at once"
     after = "restored bit for bit" if value["restored"] else "NOT restored"
     where = f"{value['model']}, {value['dtype']}, {value['threads']} threads, seed {value['seed']}"
     out().print(
-        f"{value['n_edits']} edits {'one at a time' if value['single'] else 'at once'} by {value['method']}{pace}; {where}; detached: {after}",
+        f"{value['n_edits']} edits {together} by {value['method']}{pace}; {where}; detached: {after}",
         soft_wrap=True,
     )
