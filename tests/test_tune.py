@@ -101,8 +101,9 @@ def test_the_peak_is_not_the_last_layer() -> None:
 def test_layers_around_the_peak() -> None:
     assert layers_near(1, 8) == (1, 0, 2, 3) and layers_near(6, 8) == (6, 5, 4)
     assert layers_near(17, 48)[:3] == (17, 16, 18) and len(layers_near(17, 48)) == 13
-    assert spans_near(3, 8)[:3] == ((2, 3), (3,), (1, 2, 3)) and len(spans_near(3, 8)) == 9
-    assert spans_near(0, 8) == ((0,), (0, 1), (1,))
+    assert spans_near(3, 8) == ((2, 3), (1, 2), (3, 4), (0, 1), (4, 5), (3,), (1, 2, 3))
+    assert spans_near(0, 8) == ((0,), (0, 1), (1, 2))
+    assert spans_near(17, 48)[0] == (13, 14, 15, 16, 17)  # MEMIT's own layers in GPT-2 XL
 
 
 def judging(scores: Mapping[Any, float]) -> Any:

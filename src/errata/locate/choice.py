@@ -57,15 +57,10 @@ def layers_near(peak: int, n_layers: int, reach: int | None = None) -> tuple[int
 
 
 def spans_near(peak: int, n_layers: int) -> tuple[tuple[int, ...], ...]:
-    """Runs of layers for MEMIT that end at the peak or one layer beside it, of a tenth of the depth (2 at least) and about."""
+    """Runs of layers for MEMIT: a tenth of the depth (2 at least) that ends near the peak; at the peak, also one more or less."""
     own = max(2, round(n_layers / 10))
-    lengths = sorted({own, max(1, own - 1), own + 1}, key=lambda n: (abs(n - own), n))
-    found = [
-        tuple(range(max(0, last + 1 - length), last + 1))
-        for last in layers_near(peak, n_layers, 1)
-        for length in lengths
-    ]
-    return tuple(dict.fromkeys(found))
+    ends = [(last, own) for last in layers_near(peak, n_layers)] + [(peak, own - 1), (peak, own + 1)]
+    return tuple(dict.fromkeys(tuple(range(max(0, last + 1 - n), last + 1)) for last, n in ends))
 
 
 @dataclass(frozen=True)
