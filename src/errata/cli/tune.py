@@ -38,8 +38,8 @@ EDITS = 40
 PARAPHRASES = 4  # of Atlas's, asked per edit: enough to rank trials
 # Multiples of the defaults that are tried.
 FACTORS = {
-    "rome": {"clamp": (0.5, 2.0), "norm": (0.2, 2.0), "kl": (0.25, 4.0)},
-    "memit": {"s0": (0.1, 0.3, 3.0, 10.0), "clamp": (0.5, 2.0), "norm": (0.2, 2.0)},
+    "rome": {"clamp": (0.5, 2.0), "norm": (0.1, 10.0), "kl": (0.25, 4.0)},
+    "memit": {"s0": (0.1, 0.3, 3.0, 10.0), "clamp": (0.5, 2.0), "norm": (0.1, 10.0)},
 }
 
 

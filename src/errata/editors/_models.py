@@ -20,18 +20,17 @@ from errata.errors import AnatomyError
 from errata.low_rank_table import base_layer, sizes
 from errata.model.anatomy import anatomy, submodule
 
-ROME_PUBLISHED: Mapping[str, Any] = {
-    "key_mode": "mixed",
+_PUBLISHED: Mapping[str, Any] = {
+    "contexts": "generated",
     "kl_position": "subject_last",
     "norm_form": "published",
     "norm_counts": True,
+    "lr": 0.5,
+    "kl": 0.0625,
+    "norm": 0.5,
 }
-MEMIT_PUBLISHED: Mapping[str, Any] = {
-    "key_average": "by type",
-    "kl_position": "subject_last",
-    "norm_form": "published",
-    "norm_counts": True,
-}
+ROME_PUBLISHED: Mapping[str, Any] = {**_PUBLISHED, "key_mode": "mixed", "clamp": 4.0}
+MEMIT_PUBLISHED: Mapping[str, Any] = {**_PUBLISHED, "key_average": "by type", "clamp": 0.75, "lam": 15_000.0}
 
 
 @dataclass(frozen=True)
@@ -60,33 +59,29 @@ class ModelRow:
         return self.family, self.n_layers, self.d_model, self.d_key
 
 
-def _rome(layer: int, *, clamp: float = 4.0, steps: int = 20, norm: float = 0.5, **options: Any) -> Setting:
-    strengths = {"steps": steps, "lr": 0.5, "clamp": clamp, "kl": 0.0625, "norm": norm}
-    return Setting((layer,), {**strengths, **ROME_PUBLISHED, **options})
+def _rome(layer: int, **options: Any) -> Setting:
+    return Setting((layer,), {**ROME_PUBLISHED, "steps": 20, **options})
 
 
-def _memit(
-    first: int, last: int, *, lam: float, steps: int, clamp: float = 0.75, lr: float = 0.5, norm: float = 0.5
-) -> Setting:
-    strengths = {"lam": lam, "steps": steps, "lr": lr, "clamp": clamp, "kl": 0.0625, "norm": norm}
-    return Setting(tuple(range(first, last + 1)), {**strengths, **MEMIT_PUBLISHED})
+def _memit(first: int, last: int, **options: Any) -> Setting:
+    return Setting(tuple(range(first, last + 1)), {**MEMIT_PUBLISHED, "steps": 20, **options})
 
 
 # statistics=None: the released files for Llama switch the key statistics off (C = I).
 TABLE: tuple[ModelRow, ...] = (
-    ModelRow("gpt2-medium", "gpt2", 24, 1024, 4096, _rome(8, clamp=3.0), _memit(4, 8, lam=12_800.0, steps=20)),
-    ModelRow("gpt2-large", "gpt2", 36, 1280, 5120, _rome(12), _memit(8, 12, lam=16_000.0, steps=20)),
-    ModelRow("gpt2-xl", "gpt2", 48, 1600, 6400, _rome(17), _memit(13, 17, lam=20_000.0, steps=20)),
-    ModelRow("gpt-j-6b", "gptj", 28, 4096, 16384, _rome(5), _memit(3, 8, lam=15_000.0, steps=25)),
+    ModelRow("gpt2-medium", "gpt2", 24, 1024, 4096, _rome(8, clamp=3.0), _memit(4, 8, lam=12_800.0)),
+    ModelRow("gpt2-large", "gpt2", 36, 1280, 5120, _rome(12), _memit(8, 12, lam=16_000.0)),
+    ModelRow("gpt2-xl", "gpt2", 48, 1600, 6400, _rome(17), _memit(13, 17, lam=20_000.0)),
+    ModelRow("gpt-j-6b", "gptj", 28, 4096, 16384, _rome(5), _memit(3, 8, steps=25)),
     ModelRow(
         "llama-2-7b", "llama", 32, 4096, 11008,
         _rome(5, steps=25, norm=1e-3, statistics=None),
-        _memit(4, 8, lam=15_000.0, steps=25, clamp=4.0, norm=1e-3),
+        _memit(4, 8, steps=25, norm=1e-3, clamp=4.0),
     ),
     ModelRow(
         "llama-3-8b", "llama", 32, 4096, 14336,
         _rome(5, steps=25, norm=1e-3, statistics=None),
-        _memit(4, 8, lam=15_000.0, steps=25, lr=0.1),
+        _memit(4, 8, steps=25, lr=0.1),
     ),
 )  # fmt: skip
 
@@ -103,9 +98,13 @@ def for_model(model: nn.Module) -> ModelRow | None:
 
 
 def rome_layer(model: nn.Module) -> int:
-    """The layer of the model's row, else a third of the depth: near where tracing finds facts in GPT-2 XL (layer 17 of 48)."""
+    """The layer of the model's row, else a third of the depth: near where tracing finds facts in GPT-2 XL (layer 17 of 48).
+
+    Never the last: what it puts out at the subject reaches no later token.
+    """
     row = for_model(model)
-    return row.rome.layers[0] if row else round(anatomy(model).n_layers / 3)
+    n_layers = anatomy(model).n_layers
+    return row.rome.layers[0] if row else max(0, min(round(n_layers / 3), n_layers - 2))
 
 
 def memit_layers(model: nn.Module) -> tuple[int, ...]:
@@ -118,12 +117,12 @@ def memit_layers(model: nn.Module) -> tuple[int, ...]:
 
 
 def rome_presets() -> dict[str, dict[str, Any]]:
-    """ROME's presets: "published" behaviours, and each row under its name."""
+    """ROME's presets: "published", behaviours and strengths without a layer, and each row under its name."""
     rows = {row.name: {"layer": row.rome.layers[0], **row.rome.options} for row in TABLE}
     return {"published": dict(ROME_PUBLISHED), **rows}
 
 
 def memit_presets() -> dict[str, dict[str, Any]]:
-    """MEMIT's presets: "published" behaviours with lambda and clamp of most files, and each row under its name."""
+    """MEMIT's presets, as ROME's."""
     rows = {row.name: {"layers": row.memit.layers, **row.memit.options} for row in TABLE}
-    return {"published": {"lam": 15_000.0, "clamp": 0.75, **MEMIT_PUBLISHED}, **rows}
+    return {"published": dict(MEMIT_PUBLISHED), **rows}

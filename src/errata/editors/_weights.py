@@ -50,16 +50,16 @@ class WeightConfig:
     reuse, batch_tokens: how the search runs, not what it finds.
     """
 
-    contexts: str | tuple[str, ...] = "generated"
+    contexts: str | tuple[str, ...] = "fixed"
     statistics: Any = "auto"
     jitter: float | None = None
     steps: int = 20
-    lr: float = 0.5
-    clamp: float | None = 4.0
+    lr: float = 1.0
+    clamp: float | None = 10.0
     stop: float = 0.05
     kl: float = 0.0625
     kl_position: Position = "prompt_last"
-    norm: float = 0.5
+    norm: float = 0.01
     norm_form: Literal["ratio", "published", "plain"] = "ratio"
     norm_counts: bool = False
     reuse: bool = True
