@@ -1,8 +1,8 @@
-"""Where to edit which model, and how hard: the papers' settings for the models that they edit, and ours for Atlas.
+"""Where to edit which model, and how hard: the papers' settings for the models that they edit.
 
 A model is recognised by its family and shape, whatever it is called: a fine-tuned Llama-3-8B is one too. An editor without
 layers of its own takes those of the model's row; its preset of that name takes the row's strengths and the published behaviours as
-well (Atlas's has ours). For any other model `errata tune` chooses.
+well. For any other model layers follow from the depth, and `errata tune` chooses better ones.
 
 Sources: methods by Meng et al. 2022 (ROME) and 2023 (MEMIT) with their released settings, EasyEdit's for Llama-2, AlphaEdit's
 for Llama-3. No settings of MEMIT are published for GPT-2 medium and large: there it writes the five layers that end at
