@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from errata.bench.probes import exact
-from errata.bench.verify import _bits
+from errata.bench.verify import logit_digests
 from errata.edit import EditRequest
 from errata.editors.sake import SAKE
 from errata.errors import RequestError
@@ -54,7 +54,7 @@ def test_every_way_to_the_model_refuses(tiny: Callable[..., Any], tokenizer: Pre
         lambda: greedy(model, tokenizer, ["Hi", LONG]),
         lambda: last_states(model, tokenizer, ["Hi", LONG]),
         lambda: exact(model, tokenizer, [("Hi", "there"), (LONG, "there")]),
-        lambda: _bits(model, tokenizer, ["Hi", LONG]),
+        lambda: logit_digests(model, tokenizer, ["Hi", LONG]),
     ]
     for way in ways:
         with pytest.raises(RequestError, match=r"the prompt 'word .*\.\.\.' has \d+ tokens.* room for 128; shorten it"):

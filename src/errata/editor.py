@@ -27,12 +27,15 @@ class Editor(ABC, Generic[C]):
     `Method(field=value)` changes some, `Method(config)` takes a config.
 
     method: its name, equal to its file's; summary: one line for `errata methods`; needs_subject: whether a request without
-    a subject is refused; presets: named configurations.
+    a subject is refused; presets: named configurations. joint: whether one write serves all requests, so that a patch of some
+    is not a part of the patch of all; batch: requests that a fit is quick with at once, where they do not bear on each other.
     """
 
     method: ClassVar[str]
     summary: ClassVar[str] = ""
     needs_subject: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
+    batch: ClassVar[int] = 1
     Config: ClassVar[type[Any]]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 

@@ -58,13 +58,13 @@ def verify(
     before = (
         dict(zip(neighbours, answers(model, tokenizer, neighbours, probes, wrap), strict=True)) if neighbours else {}
     )
-    plain = _bits(model, tokenizer, unrelated)
-    witness = _bits(model, tokenizer, witnesses)
+    plain = logit_digests(model, tokenizer, unrelated)
+    witness = logit_digests(model, tokenizer, witnesses)
     with patch.attach(model, tokenizer):
         progress("asking the edited model")
         after = dict(zip(probes, answers(model, tokenizer, probes, wrap=wrap), strict=True))
-        same = [a == b for a, b in zip(plain, _bits(model, tokenizer, unrelated), strict=True)]
-    restored = all(a == b for a, b in zip(witness, _bits(model, tokenizer, witnesses), strict=True))
+        same = [a == b for a, b in zip(plain, logit_digests(model, tokenizer, unrelated), strict=True)]
+    restored = all(a == b for a, b in zip(witness, logit_digests(model, tokenizer, witnesses), strict=True))
     passed = {p: cut(after[p]) == cut(before[p]) if p.expected is None else says(after[p], p.expected) for p in probes}
     return {
         "n_edits": len(patch),
@@ -131,7 +131,7 @@ def _by_relation(patch: Patch, probes: Sequence[Probe], passed: dict[Probe, bool
     return table
 
 
-def _bits(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 32) -> list[bytes]:
+def logit_digests(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 32) -> list[bytes]:
     """A digest of the logits at every position of each text, in fixed batches."""
     found: list[bytes] = []
     device = next(model.parameters()).device

@@ -29,6 +29,7 @@ Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, f
 DeviceMap = Annotated[str | None, typer.Option("--device-map", help="Passed to transformers: auto, cpu, cuda:0, ...")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all by default.")]
 Preset = Annotated[str | None, typer.Option("--preset", help="A named configuration; `errata methods` lists them.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="Options that `errata tune` has written.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change an option; repeatable.")
 ]

@@ -12,6 +12,7 @@ import typer
 
 from errata.cli.common import (
     INTERRUPTED,
+    ConfigFile,
     DeviceMap,
     Dtype,
     Json,
@@ -50,7 +51,11 @@ def fit(
     out_path: Annotated[Path, typer.Option("--out", "-o", help="The patch file to write.")],
     method: Annotated[str, typer.Option("--method", help="`errata methods` lists them.")] = "sake",
     preset: Preset = None,
+    config: ConfigFile = None,
     settings: Settings = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Edits fitted at once (default: the method's own; joint methods: all).")
+    ] = None,
     seed: Seed = 0,
     prompts: Annotated[
         Prompts,
@@ -72,9 +77,13 @@ def fit(
     ERRATA_API_KEY, each falling back on OPENAI_BASE_URL and OPENAI_API_KEY; replies are cached on disk.
 
     Finished edits are kept in OUT.partial. After Ctrl-C, or an error in one request, the same command goes on where it
-    stopped, and its patch has the same bytes as one fitted in a single run.
+    stopped, and its patch has the same bytes as one fitted in a single run. A method that writes all edits jointly (MEMIT,
+    EMMET) has none finished before the last, and begins anew; it is fitted on at most --batch edits at a time, each batch on
+    top of those before it.
     """
-    editor = make_editor(method, preset, settings)
+    editor = make_editor(method, preset, settings, config)
+    if editor.joint and batch:
+        editor = with_batch(editor, batch)
     asked = read_requests(requests)
     editor.check(asked)
     overridden = notice_conflicts(asked)
@@ -86,24 +95,30 @@ def fit(
     if prompts is Prompts.agentic:
         asked = written(editor, loaded, tokenizer, asked, seed, rounds)
     started = time.perf_counter()
-    done = resumed(editor, loaded, tokenizer, asked, seed, partial)
+    many = batch or editor.batch
+    done = None if editor.joint else resumed(editor, loaded, tokenizer, asked, seed, partial, many)
     if done:
         notice(f"going on after {len(done)} of {len(asked)} edits kept in {partial}")
     try:
         with bar(f"fitting with {method}", len(asked)) as progress:
-            patch = fit_resumably(editor, loaded, tokenizer, asked, seed, partial, done, progress)
+            if editor.joint:
+                patch = editor.fit(loaded, tokenizer, asked, seed=seed, progress=lambda n, _: progress(n))
+            else:
+                patch = fit_resumably(editor, loaded, tokenizer, asked, seed, partial, done, progress, many)
     except KeyboardInterrupt:
         kept = f"finished edits are kept in {partial}" if partial.exists() else "no edit was finished yet"
-        notice(f"interrupted; {kept}; give the same command again to go on")
+        if editor.joint:
+            kept = f"{method} writes all edits at once, so nothing is kept"
+        notice(f"interrupted; {kept}; give the same command again to {'begin anew' if editor.joint else 'go on'}")
         raise typer.Exit(INTERRUPTED) from None
     except EditError:
         if partial.exists():
-            notice(
-                f"finished edits are kept in {partial}; correct the request, which stands next, and repeat the command"
-            )
+            where = "stands next" if many == 1 else f"is among the next {many}"
+            notice(f"finished edits are kept in {partial}; correct the request, which {where}, and repeat the command")
         raise
     patch.save(out_path)
-    partial.unlink(missing_ok=True)
+    if not editor.joint:
+        partial.unlink(missing_ok=True)
     seconds = time.perf_counter() - started
     _report(patch, out_path, model, seed, len(done) if done else 0, seconds, overridden, json_output)
 
@@ -150,13 +165,39 @@ def _report(
 # -- editors and their settings ------------------------------------------------------------------------------------------
 
 
-def make_editor(method: str, preset: str | None, settings: Sequence[str] | None) -> Any:
-    """The editor of a method, with a preset and `NAME=VALUE` settings. Raises ConfigError, UnknownEditorError."""
+def make_editor(method: str, preset: str | None, settings: Sequence[str] | None, config: Path | None = None) -> Any:
+    """The editor of a method, with a preset, a file of `errata tune` and `NAME=VALUE` settings, the later over the earlier.
+
+    Raises ConfigError, UnknownEditorError.
+    """
     from errata.editors import get_editor
 
     editor = get_editor(method)
-    changes = _changes(editor.Config, settings or ())
+    changes = (options_of(config, editor) if config else {}) | _changes(editor.Config, settings or ())
     return editor.preset(preset, **changes) if preset else editor(**changes)
+
+
+def options_of(path: Path, editor: Any) -> dict[str, Any]:
+    """The options that a file holds for a method: {"method", "options"}, as `errata tune` writes it. Raises ConfigError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"expected a JSON file of options at {path}, as `errata tune` writes it: {error}") from None
+    options = value.get("options") if isinstance(value, dict) else None
+    if not isinstance(options, dict):
+        raise ConfigError(f'expected {{"method": ..., "options": {{...}}}} in {path}, as `errata tune` writes it')
+    if value.get("method", editor.method) != editor.method:
+        raise ConfigError(f"{path} holds options of {value['method']}, not of {editor.method}; name that --method")
+    return _changes(
+        editor.Config, [f"{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in options.items()]
+    )
+
+
+def with_batch(editor: Any, batch: int) -> Any:
+    """A joint editor that writes so many edits at a time. Raises ConfigError if the method writes all at once only."""
+    if not hasattr(editor.config, "batch_size"):
+        raise ConfigError(f"{editor.method} writes all edits at once; leave out --batch")
+    return type(editor)(editor.config, batch_size=batch)
 
 
 def _changes(config: type[Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -248,8 +289,9 @@ def fit_resumably(
     partial: Path,
     done: Any = None,
     progress: Callable[[int], None] = lambda _: None,
+    batch: int = 1,
 ) -> Any:
-    """Fit what `done` (a patch of the first requests, or None) lacks, edit by edit; joined patches equal one fit of all.
+    """Fit what `done` (a patch of the first requests, or None) lacks, `batch` edits at a time, and join the patches.
 
     Every few edits the finished ones go to `partial`, and at once if anything stops the work.
     """
@@ -257,8 +299,13 @@ def fit_resumably(
     progress(kept)
     gates = {part.gate.digest: part.gate for part in done.steering} if done else {}
     try:
-        for number, request in enumerate(requests[kept:], kept + 1):
-            one = editor.fit(model, tokenizer, [request], seed=seed)
+        for start in range(kept, len(requests), batch):
+            chunk = requests[start : start + batch]
+
+            def count(done: int, _: int, before: int = start) -> None:
+                progress(before + done)
+
+            one = editor.fit(model, tokenizer, chunk, seed=seed, progress=count)
             # equal gates as one object: a thousand copies of a projection would fill the memory
             parts = tuple(
                 replace(part, gate=gates.setdefault(part.gate.digest, part.gate)) if part.kind == "steering" else part
@@ -266,24 +313,27 @@ def fit_resumably(
             )
             one = replace(one, parts=parts)
             patch = one if patch is None else patch + one
+            number = len(patch)
             progress(number)
             began = time.perf_counter()
             if number - kept >= KEEP_EVERY and began - last >= 10 * cost:  # writing never takes a tenth of the time
-                _keep(patch, seed, partial)
+                _keep(patch, seed, batch, partial)
                 kept, last = number, time.perf_counter()
                 cost = last - began
     except BaseException:
         if len(patch or ()) > kept:
-            _keep(patch, seed, partial)
+            _keep(patch, seed, batch, partial)
         raise
     return patch
 
 
-def _keep(patch: Any, seed: int, partial: Path) -> None:
-    replace(patch, report=patch.report | {RESUME: {"seed": seed}}).save(partial)
+def _keep(patch: Any, seed: int, batch: int, partial: Path) -> None:
+    replace(patch, report=patch.report | {RESUME: {"seed": seed, "batch": batch}}).save(partial)
 
 
-def resumed(editor: Any, model: Any, tokenizer: Any, requests: Sequence[EditRequest], seed: int, partial: Path) -> Any:
+def resumed(
+    editor: Any, model: Any, tokenizer: Any, requests: Sequence[EditRequest], seed: int, partial: Path, batch: int = 1
+) -> Any:
     """The patch of the edits that an earlier run finished, or None. Raises ConfigError if that was another fit."""
     from errata.model.fingerprint import check_base
     from errata.patch import load_patch
@@ -292,10 +342,12 @@ def resumed(editor: Any, model: Any, tokenizer: Any, requests: Sequence[EditRequ
         return None
     patch = load_patch(partial)
     config = json.loads(json.dumps(asdict(editor.config)))
+    begun_with = patch.report.get(RESUME, {})
     begun = {
         "method": patch.method == editor.method,
         "configuration": patch.config == config,
-        "seed": patch.report.get(RESUME) == {"seed": seed},
+        "seed": begun_with.get("seed") == seed,
+        "batch": begun_with.get("batch", 1) == batch,
         "requests": len(patch) <= len(requests)
         and all(same_edit(asked, kept) for asked, kept in zip(requests, patch.requests, strict=False)),
     }

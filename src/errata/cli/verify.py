@@ -9,6 +9,7 @@ import typer
 
 from errata.cli.common import (
     CHECK_FAILED,
+    ConfigFile,
     DeviceMap,
     Dtype,
     Json,
@@ -52,7 +53,12 @@ def verify(
     ] = 300,
     seed: Seed = 0,
     preset: Preset = None,
+    config: ConfigFile = None,
     settings: Settings = None,
+    single: Annotated[
+        bool,
+        typer.Option("--single", help="Judge each edit alone on the model (edits of weights, fitted independently)."),
+    ] = False,
     unrelated: Annotated[int, typer.Option(min=0, help="Unrelated texts for locality.")] = 2000,
     texts: Annotated[Path | None, typer.Option("--texts", help="Your own unrelated texts, one a line.")] = None,
     sealed: Annotated[bool, typer.Option("--sealed", help="Judge by Atlas's sealed set (final figures only).")] = False,
@@ -69,14 +75,17 @@ def verify(
     """Ask the probes of a patch, or of a fresh fit, with all edits loaded at once.
 
     Probes are those that the requests carry (paraphrase_prompts, neighborhood_prompts); for Atlas's own facts missing ones
-    are made. A figure without probes is null, with the reason.
+    are made. A figure without probes is null, with the reason. With --single no two edits are on the model together: each row
+    of a batch has an edit of its own.
     """
     one_of({"--patch": patch, "--method": method})
-    edits, plan = _edits(model, patch, method, requests, n, seed, preset, settings)
-    unrelated_texts = _texts(texts, unrelated, seed, sealed)
+    edits, plan = _edits(model, patch, method, requests, n, seed, preset, settings, config)
+    if single:
+        _refuse_joint(edits)
+    unrelated_texts = [] if single else _texts(texts, unrelated, seed, sealed)
     if rows:
         writable(rows)
-    overridden = notice_conflicts(edits.requests if patch else plan)
+    overridden = [] if single else notice_conflicts(edits.requests if patch else plan)
     loaded, tokenizer = load(model, dtype, device_map, threads)
     seconds = None
     if method:
@@ -88,7 +97,8 @@ def verify(
     judged = _judged(
         model, edits, with_judges(edits.requests, plan) if patch and plan else edits.requests, seed, sealed
     )
-    found = _ask(loaded, tokenizer, edits, unrelated_texts, judged)
+    asked = _ask_singly(loaded, tokenizer, edits, judged) if single else None
+    found = asked or _ask(loaded, tokenizer, edits, unrelated_texts, judged)
     failures = found.pop("failures")
     if rows:
         lines = (json.dumps(failure, ensure_ascii=False) for failure in failures)
@@ -107,6 +117,7 @@ def verify(
         "patch": edits.id,
         "seed": seed,
         "sealed": sealed,
+        "single": single,
         **environment,
     }
     if json_output:
@@ -123,17 +134,17 @@ def verify(
 
 def _edits(
     model: str, patch: Path | None, method: str | None, requests: Path | None, n: int, seed: int, preset: str | None,
-    settings: list[str] | None,
+    settings: list[str] | None, config: Path | None,
 ) -> tuple[Any, list[Any]]:  # fmt: skip
     """(the patch, or the editor that will make it; the requests to fit, or those that carry the patch's probes)."""
     from errata.patch import load_patch
 
     asked = read_requests(requests) if requests else []
     if patch:
-        if preset or settings:
-            raise ConfigError("--preset and --set belong to a fit; a patch has its configuration already")
+        if preset or settings or config:
+            raise ConfigError("--preset, --config and --set belong to a fit; a patch has its configuration already")
         return load_patch(patch), asked
-    editor = make_editor(method or "", preset, settings)
+    editor = make_editor(method or "", preset, settings, config)
     if not requests:
         if not is_atlas(model):
             raise ConfigError(
@@ -178,6 +189,57 @@ def _ask(model: Any, tokenizer: Any, patch: Any, texts: list[str], requests: Any
         return measure(model, tokenizer, patch, texts, requests=requests, progress=lambda text: status.update(text))
 
 
+def _refuse_joint(edits: Any) -> None:
+    """Refuse to take apart what was written together. edits: an editor or a patch."""
+    from errata.editors import get_editor
+
+    if getattr(edits, "steering", ()) or get_editor(edits.method).joint:
+        raise ConfigError(
+            f"--single judges edits that were fitted independently, by their weights, and {edits.method} edits "
+            f"{'are written together' if get_editor(edits.method).joint else 'act by their scope'}; leave it out"
+        )
+
+
+def _ask_singly(model: Any, tokenizer: Any, patch: Any, requests: Any) -> dict[str, Any]:
+    """The figures of `errata.bench.verify`, as far as single edits have them."""
+    from errata.bench.metrics import PROTOCOL_SPECIFICITY
+    from errata.bench.probes import probes_of
+    from errata.bench.singles import Metric, Question, alone, judge_singles
+    from errata.bench.verify import environment, logit_digests
+
+    metrics: dict[str, Metric] = {
+        "efficacy": "efficacy",
+        "generalization": "generalization",
+        "specificity": "other_subjects",
+    }
+    probes = list(dict.fromkeys(probes_of(requests)))
+    questions = [Question(p.case, metrics[p.kind], p.prompt, p.expected) for p in probes]
+    witnesses, started = [p.prompt for p in probes[:8]], time.perf_counter()
+    before = logit_digests(model, tokenizer, witnesses)
+    with err().status("asking each edit alone"):
+        rates = judge_singles(model, tokenizer, alone(patch), questions)
+    figures: dict[str, Any] = {
+        kind: rates[metric].json() if metric in rates else _nothing(f"the requests carry no {kind} probes")
+        for kind, metric in metrics.items()
+    }
+    if figures["specificity"]["value"] is not None:
+        figures["specificity"]["protocol"] = f"{PROTOCOL_SPECIFICITY}; each edit alone"
+    return {
+        "n_edits": len(patch),
+        **figures,
+        "locality": _nothing("unrelated texts are asked with all edits at once only"),
+        "by_relation": {},
+        "failures": [],
+        "restored": before == logit_digests(model, tokenizer, witnesses),
+        "seconds_verify": round(time.perf_counter() - started, 2),
+        "environment": environment(model),
+    }
+
+
+def _nothing(reason: str) -> dict[str, Any]:
+    return {"value": None, "low": None, "high": None, "n": 0, "protocol": None, "reason": reason}
+
+
 def _print(value: dict[str, Any], failures: list[dict[str, Any]]) -> None:
     made = table(None, "", "value", "95 %", "n", "how", right=("value", "n"))
     for metric in METRICS:
@@ -199,8 +261,10 @@ def _print(value: dict[str, Any], failures: list[dict[str, Any]]) -> None:
             row(some, f["kind"], f["prompt"], f["expected"], f["got"])
         out().print(some)
     pace = f", {value['seconds_fit_per_edit']:.2f} s per fit" if value["seconds_fit_per_edit"] is not None else ""
+    together = "one at a time" if value["single"] else "at once"
     after = "restored bit for bit" if value["restored"] else "NOT restored"
     where = f"{value['model']}, {value['dtype']}, {value['threads']} threads, seed {value['seed']}"
     out().print(
-        f"{value['n_edits']} edits at once by {value['method']}{pace}; {where}; detached: {after}", soft_wrap=True
+        f"{value['n_edits']} edits {together} by {value['method']}{pace}; {where}; detached: {after}",
+        soft_wrap=True,
     )

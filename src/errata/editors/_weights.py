@@ -291,15 +291,6 @@ def layer_index(model: Any, layer: int | None, default: int = 0) -> int:
     return parts.mlp_out.index(parts.mlp_site(default if layer is None else layer))
 
 
-def third(model: Any) -> int:
-    """The layer a third of the way up: near where causal tracing finds facts in GPT-2 XL (layer 17 of 48); never the last.
-
-    What the last layer puts out at the subject reaches no later token.
-    """
-    n_layers = anatomy(model).n_layers
-    return max(0, min(round(n_layers / 3), n_layers - 2))
-
-
 def part(model: Any, edits: Sequence[str], U: Tensor, V: Tensor, layer: int) -> LowRank:
     """The factors as a part of a patch: on the CPU, in float32 (float64 for a float64 model)."""
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from errata.editors._weights import third
+from errata.editors._models import rome_layer
 from errata.editors.memit import MEMIT, MEMITConfig
 from errata.errors import ConfigError
 from errata.maths.least_squares import Factors, Solver, emmet_write
@@ -23,7 +23,7 @@ from errata.model.statistics import KeyStatistics
 class EMMETConfig(MEMITConfig):
     """Settings of EMMET: MEMIT's, of which lam and s0 have no meaning here.
 
-    layers: None for the one a third of the way up. lambda_e: 0 for equality; lambda_c: weight of C, of no effect then.
+    layers: None for ROME's. lambda_e: 0 for equality; lambda_c: weight of C, of no effect then.
     """
 
     lambda_e: float = 0.0
@@ -51,7 +51,7 @@ class EMMET(MEMIT):
 
     def layers(self, model: Any) -> list[int]:
         """The edited layers, counted from 0, ascending."""
-        return super().layers(model) if self.config.layers is not None else [third(model)]
+        return super().layers(model) if self.config.layers is not None else [rome_layer(model)]
 
     def solve(self, statistics: KeyStatistics | None, solver: Solver, K: Tensor, R: Tensor) -> Factors:
         """The write of one layer, U V^T for keys K (m, B) and residuals R (d, B)."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from errata.edit import EditRequest, conflicts
 from errata.editor import Progress, quiet
 from errata.editors._contexts import type_weights
+from errata.editors._models import memit_layers, memit_presets
 from errata.editors._value_search import ValueJob, ValueResult, search_values
 from errata.editors._weights import (
     Statistics,
@@ -39,11 +40,9 @@ from errata.editors._weights import (
     solver_of,
     statistics_of,
     subject_rows,
-    third,
 )
 from errata.errors import ConfigError, RequestError
 from errata.maths.least_squares import Factors, Solver, memit_write
-from errata.model.anatomy import anatomy
 from errata.model.fingerprint import base_of
 from errata.model.statistics import KeyStatistics
 from errata.patch import Patch
@@ -53,7 +52,7 @@ from errata.patch import Patch
 class MEMITConfig(WeightConfig):
     """Settings of MEMIT.
 
-    layers: the edited ones, ascending; None for those up to a third of the depth, a tenth of it as many. lam: the paper's
+    layers: the edited ones, ascending; None for those that `_models` names. lam: the paper's
     lambda, the weight of C beside the edits' keys; None for m / s0, with which a key as long as the average one (k^T C^-1 k = m,
     the width of keys) keeps s0 / (1 + s0) of its residual. key_average: over contexts, "uniform", or "by type" (published: the
     bare prompt counts as much as all prefixes). spread: what is missing is "measured" again at each layer, or a "fixed" share
@@ -98,19 +97,7 @@ class MEMIT(WeightEditor[MEMITConfig]):
     summary = "many edits at once, spread over the MLPs of several layers (Meng et al. 2023)"
     joint: ClassVar[bool] = True
     Config = MEMITConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "published": {
-            "lam": 15000.0,
-            "contexts": "generated",
-            "lr": 0.5,
-            "norm": 0.5,
-            "clamp": 0.75,
-            "key_average": "by type",
-            "kl_position": "subject_last",
-            "norm_form": "published",
-            "norm_counts": True,
-        },
-    }
+    presets: ClassVar[dict[str, dict[str, Any]]] = memit_presets()
 
     def fit(
         self,
@@ -156,8 +143,7 @@ class MEMIT(WeightEditor[MEMITConfig]):
         """The edited layers, counted from 0, ascending."""
         if self.config.layers is not None:
             return sorted({layer_index(model, layer) for layer in self.config.layers})
-        top = third(model)
-        return list(range(max(0, top + 1 - max(2, round(anatomy(model).n_layers / 10))), top + 1))
+        return list(memit_layers(model))
 
     def pairs(self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], contexts: Sequence[str]) -> Pairs:
         """What is written for a batch: one pair per request."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from errata.edit import EditRequest
 from errata.editor import Progress, quiet
+from errata.editors._models import rome_layer, rome_presets
 from errata.editors._value_search import ValueJob, ValueResult, search_values
 from errata.editors._weights import (
     WeightConfig,
@@ -33,7 +34,6 @@ from errata.editors._weights import (
     says_target,
     solver_of,
     statistics_of,
-    third,
 )
 from errata.errors import ConfigError, UnstableWriteError
 from errata.maths.least_squares import Factors, Solver, rank_one
@@ -45,7 +45,7 @@ from errata.patch import Patch
 class ROMEConfig(WeightConfig):
     """Settings of ROME.
 
-    layer: the edited one, negative from the end; None for a third of the depth. key_mode: whose keys the update is made of:
+    layer: the edited one, negative from the end; None for the one that `_models` names. key_mode: whose keys the update is made of:
     "mean" over contexts throughout (r-ROME), "prompt" the bare prompt's throughout (p-ROME), "mixed" the mean in
     C^-1 k and the prompt's in the constraint (published); min_cosine: of the two below which "mixed" is refused.
     """
@@ -65,19 +65,9 @@ class ROME(WeightEditor[ROMEConfig]):
 
     method = "rome"
     summary = "rank-one update of one MLP at the subject's last token (Meng et al. 2022)"
+    batch: ClassVar[int] = 64
     Config = ROMEConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "published": {
-            "key_mode": "mixed",
-            "contexts": "generated",
-            "lr": 0.5,
-            "norm": 0.5,
-            "clamp": 4.0,
-            "kl_position": "subject_last",
-            "norm_form": "published",
-            "norm_counts": True,
-        },
-    }
+    presets: ClassVar[dict[str, dict[str, Any]]] = rome_presets()
 
     def fit(
         self,
@@ -94,7 +84,7 @@ class ROME(WeightEditor[ROMEConfig]):
         UnstableWriteError naming the edit whose keys point apart.
         """
         self.check(requests, model, tokenizer)
-        layer = layer_index(model, self.config.layer, third(model))
+        layer = layer_index(model, self.config.layer, rome_layer(model))
         with quiet(model):
             statistics = statistics_of(self.config, model, tokenizer, [layer])
             solver = solver_of(statistics[layer], self.config.jitter)
