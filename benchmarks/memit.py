@@ -1,6 +1,6 @@
 """MEMIT's curve on Atlas: 1, 10, 100 and 500 edits written together, all loaded at once.
 
-    python benchmarks/memit.py [--method memit] [--sizes 1 10 100 500] [--split dev] [--seed 0] [--set lr=1.0] [--out FILE]
+    python benchmarks/memit.py [--method memit] [--preset atlas] [--sizes 1 10 100 500] [--split dev] [--seed 0] [--set lr=1.0] [--out FILE]
 
 Judged as in `errata verify`: whole objects under greedy decoding, on the edit's prompt, on `probe` phrasings and on hard negatives,
 which no edit of the batch is about. Sizes below 10 are averaged over batches, up to 10 edits in all.
@@ -22,8 +22,7 @@ from errata.atlas.probes import with_probes
 from errata.atlas.requests import counterfactual_requests
 from errata.atlas.world import load_world
 from errata.bench.verify import verify
-from errata.editors import get_editor
-from rome import machine, options_of
+from rome import editor_of, machine, options_of
 
 METRICS = ("efficacy", "generalization", "specificity")
 
@@ -42,6 +41,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="atlas")
     parser.add_argument("--method", default="memit")
+    parser.add_argument("--preset", default="atlas", help="'' for the method's defaults")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 10, 100, 500])
     parser.add_argument("--split", default="dev", choices=("dev", "test"))
     parser.add_argument("--seed", type=int, default=0)
@@ -54,7 +54,7 @@ def main() -> int:
     world = load_world()
     model, tokenizer = errata.load(args.model)
     model = model.float()
-    editor = get_editor(args.method)(**options_of(args.set))
+    editor = editor_of(args, options_of(args.set))
     table = Table("edits", *METRICS, "s/edit", title=args.method)
     curve: dict[str, list[dict[str, Any]]] = {}
     for size in args.sizes:

@@ -1,7 +1,7 @@
 """Single weight edits on Atlas, each alone on the model: figures, and the speed of the batched fit.
 
-    python benchmarks/rome.py [--method rome] [--n 200] [--split dev] [--seed 0] [--set layer=4 lr=1.0] [--out FILE]
-    python benchmarks/rome.py --speed [--n 100] [--one 20] [--threads 2] [--set layer=4] [--out FILE]
+    python benchmarks/rome.py [--method rome] [--preset atlas] [--n 200] [--split dev] [--seed 0] [--set lr=1.0] [--out FILE]
+    python benchmarks/rome.py --speed [--n 100] [--one 20] [--threads 2] [--set lr=1.0] [--out FILE]
 
 Judged by whole objects under greedy decoding: the edit's prompt, `probe` phrasings, the same relation of other subjects, the
 subject's other relations. `--speed` fits the same edits in one batch, and one at a time without reuse, on the same 21 contexts with
@@ -32,7 +32,7 @@ from errata.atlas.world import World, link, load_world
 from errata.bench.singles import Question, alone, judge_singles
 from errata.bench.verify import environment
 from errata.editors import get_editor
-from errata.editors._weights import context_types, layer_index, statistics_of, third
+from errata.editors._weights import context_types, layer_index, statistics_of
 
 OTHERS = 3  # facts asked about per edit, of other subjects and of the same one
 
@@ -56,6 +56,12 @@ def questions_of(world: World, requests: list[errata.EditRequest], seed: int) ->
     return list(dict.fromkeys(asked))
 
 
+def editor_of(args: argparse.Namespace, options: dict[str, Any]) -> Any:
+    """The method with the preset's settings, and with those of the command line."""
+    Editor = get_editor(args.method)
+    return Editor.preset(args.preset, **options) if args.preset else Editor(**options)
+
+
 def fitted(editor: Any, model: Any, tokenizer: Any, requests: list[errata.EditRequest], seed: int) -> list[Any]:
     """A patch per edit: parted from one fit where the method's edits are independent, else fitted one by one."""
     if not getattr(editor, "joint", False):
@@ -70,13 +76,13 @@ def figures(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]
     model, tokenizer = errata.load(args.model)
     model = model.float()
     requests = counterfactual_requests(world, args.n, split=args.split, seed=args.seed)
-    Editor = get_editor(args.method)
+    editor = editor_of(args, options)
     if args.mode:  # contexts and statistics made once, for both ways alike
-        layer = layer_index(model, options.get("layer"), third(model))
-        statistics = statistics_of(Editor(**options).config, model, tokenizer, [layer])
-        [contexts] = context_types(Editor(**options).config, model, tokenizer, args.seed, like="rome")
-        options = options | {"contexts": contexts, "statistics": statistics}
-    editor = Editor(**options | ({"reuse": False} if args.mode == "one" else {}))
+        layer = layer_index(model, editor.config.layer)
+        statistics = statistics_of(editor.config, model, tokenizer, [layer])
+        [contexts] = context_types(editor.config, model, tokenizer, args.seed, like="rome")
+        same = {"contexts": contexts, "statistics": statistics, "reuse": args.mode != "one"}
+        editor = editor_of(args, options | same)
     chosen = requests[: args.one] if args.mode == "one" else requests
     if args.mode:
         editor.fit(model, tokenizer, requests[:1], seed=args.seed)  # the first call is slower
@@ -156,6 +162,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="atlas")
     parser.add_argument("--method", default="rome")
+    parser.add_argument("--preset", default="atlas", help="'' for the method's defaults")
     parser.add_argument("--n", type=int, default=200)
     parser.add_argument("--split", default="dev", choices=("dev", "test"))
     parser.add_argument("--seed", type=int, default=0)

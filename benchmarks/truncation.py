@@ -1,6 +1,6 @@
 """How small can a SAKE edit be? The smallest truncated, half-precision maps at which no Atlas answer changes.
 
-    python benchmarks/truncation.py [--n 60] [--split dev] [--tolerances 0 0.02 0.05 0.1 0.2 0.4]
+    python benchmarks/truncation.py [--n 60] [--split dev] [--tolerances 0 0.02 0.1 0.4 0.6 0.8]
 
 Edits are fitted once with exact maps in single precision; then each map is truncated (directions ranked by their effect on
 real states) and stored in half precision, and every probe is asked again: the edit prompts, the probe phrasings and the
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--n", type=int, default=60)
     parser.add_argument("--split", default="dev", choices=("dev", "test"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tolerances", type=float, nargs="+", default=[0.0, 0.02, 0.05, 0.1, 0.2, 0.4])
+    parser.add_argument("--tolerances", type=float, nargs="+", default=[0.0, 0.02, 0.1, 0.4, 0.6, 0.8])
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     model, tokenizer = errata.load(args.model)

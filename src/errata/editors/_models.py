@@ -68,7 +68,10 @@ def _memit(first: int, last: int, **options: Any) -> Setting:
 
 
 # statistics=None: the released files for Llama switch the key statistics off (C = I).
+# Atlas's strengths were chosen on its dev facts; its statements end behind the object.
+_ATLAS: Mapping[str, Any] = {"lr": 1.5, "clamp": None, "kl": 0.0, "ending": "."}
 TABLE: tuple[ModelRow, ...] = (
+    ModelRow("atlas", "gpt2", 8, 256, 1024, Setting((2,), _ATLAS), Setting((0, 1, 2), _ATLAS)),
     ModelRow("gpt2-medium", "gpt2", 24, 1024, 4096, _rome(8, clamp=3.0), _memit(4, 8, lam=12_800.0)),
     ModelRow("gpt2-large", "gpt2", 36, 1280, 5120, _rome(12), _memit(8, 12, lam=16_000.0)),
     ModelRow("gpt2-xl", "gpt2", 48, 1600, 6400, _rome(17), _memit(13, 17, lam=20_000.0)),
@@ -126,3 +129,13 @@ def memit_presets() -> dict[str, dict[str, Any]]:
     """MEMIT's presets, as ROME's."""
     rows = {row.name: {"layers": row.memit.layers, **row.memit.options} for row in TABLE}
     return {"published": dict(MEMIT_PUBLISHED), **rows}
+
+
+def emmet_presets() -> dict[str, dict[str, Any]]:
+    """EMMET's presets: MEMIT's strengths at ROME's layer, without MEMIT's lambda; "published" softens the constraint."""
+
+    def strengths(options: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in options.items() if name not in ("lam", "s0")}
+
+    rows = {row.name: {"layers": row.rome.layers, **strengths(row.memit.options)} for row in TABLE}
+    return {"published": {**strengths(MEMIT_PUBLISHED), "lambda_e": 0.1}, **rows}

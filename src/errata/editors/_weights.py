@@ -47,6 +47,7 @@ class WeightConfig:
     `KeyStatistics`, or None for C = I; jitter: see `CholeskySolver`.
     steps, lr, clamp, stop: see `ValueSearchConfig`. kl, kl_position, norm, norm_form: weights and forms of the terms (see
     `EssenceKL`, `NormPenalty`), 0 leaves a term out; norm_counts: whether the norm is part of the loss that stops a search.
+    ending: text that the model is to say behind the new object, "." for one that would otherwise run on ("5" to "52").
     reuse, batch_tokens: how the search runs, not what it finds.
     """
 
@@ -62,6 +63,7 @@ class WeightConfig:
     norm: float = 0.01
     norm_form: Literal["ratio", "published", "plain"] = "ratio"
     norm_counts: bool = False
+    ending: str = ""
     reuse: bool = True
     batch_tokens: int | None = None
 
@@ -95,6 +97,10 @@ class WeightEditor(Editor[C]):
     """An editor that finds values by the search and writes them into MLP output projections in closed form."""
 
     needs_subject = True
+
+    def job(self, request: EditRequest, contexts: Sequence[str]) -> ValueJob:
+        """What the value search has the model say for a request."""
+        return ValueJob(request.prompt, request.target_new + self.config.ending, request.subject, tuple(contexts))
 
     def terms(self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], layer: int) -> tuple[Term, ...]:
         """The objective of the value search at a layer (counted from 0), one job per request: what a new method overrides."""

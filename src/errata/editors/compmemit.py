@@ -52,7 +52,7 @@ class CompMEMIT(MEMIT):
             if not answer:
                 note["skipped"] = "the model gives no answer under the new premise"
                 continue
-            job = _job(implication, answer, request, contexts)
+            job = _job(implication, answer + self.config.ending, request, contexts)
             note["at"] = job.subject or "the prompt's last token"
             pairs.jobs.append(job)
             pairs.edits.append(request.id)

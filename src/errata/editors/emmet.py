@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from errata.editors._models import rome_layer
+from errata.editors._models import emmet_presets, rome_layer
 from errata.editors.memit import MEMIT, MEMITConfig
 from errata.errors import ConfigError
 from errata.maths.least_squares import Factors, Solver, emmet_write
@@ -44,10 +44,7 @@ class EMMET(MEMIT):
     summary = "many edits at once, each met exactly, in the MLP of one layer (Gupta et al. 2024)"
     Config = EMMETConfig
     config: EMMETConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "published": {name: value for name, value in MEMIT.presets["published"].items() if name != "lam"}
-        | {"lambda_e": 0.1},
-    }
+    presets: ClassVar[dict[str, dict[str, Any]]] = emmet_presets()
 
     def layers(self, model: Any) -> list[int]:
         """The edited layers, counted from 0, ascending."""

@@ -147,7 +147,7 @@ class MEMIT(WeightEditor[MEMITConfig]):
 
     def pairs(self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], contexts: Sequence[str]) -> Pairs:
         """What is written for a batch: one pair per request."""
-        return Pairs([ValueJob.of(request, contexts) for request in requests], [request.id for request in requests])
+        return Pairs([self.job(request, contexts) for request in requests], [request.id for request in requests])
 
     def solve(self, statistics: KeyStatistics | None, solver: Solver, K: Tensor, R: Tensor) -> Factors:
         """The write of one layer, U V^T for keys K (m, B) and residuals R (d, B) (Eq. 14)."""

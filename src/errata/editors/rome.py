@@ -89,7 +89,7 @@ class ROME(WeightEditor[ROMEConfig]):
             statistics = statistics_of(self.config, model, tokenizer, [layer])
             solver = solver_of(statistics[layer], self.config.jitter)
             [contexts] = context_types(self.config, model, tokenizer, seed, like="rome")
-            jobs = [ValueJob.of(request, contexts) for request in requests]
+            jobs = [self.job(request, contexts) for request in requests]
             check_jobs(model, tokenizer, jobs)
             terms = self.terms(model, tokenizer, requests, layer)
             found = search_values(model, tokenizer, jobs, self.config.search(layer), terms, progress)
