@@ -108,7 +108,7 @@ def anchors_for(
     count: int = 16,
     strata: Strata = "balanced",
     read: Read = "prompt_last",
-    least: int = 1,
+    least: int = 4,
     seed: int = 0,
 ) -> list[Anchor]:
     """One anchor for each of `wanted`, read from the model as it is: it should carry no patch.
