@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from errata.edit import EditRequest, Implication, read_requests, write_requests
     from errata.editors import available_editors, get_editor
+    from errata.editors.rome import ROME, ROMEConfig
     from errata.editors.sake import SAKE, SAKEConfig
     from errata.model.loading import load
     from errata.patch import Patch, load_patch
@@ -19,6 +20,8 @@ _HOME = {
     "write_requests": "errata.edit",
     "available_editors": "errata.editors",
     "get_editor": "errata.editors",
+    "ROME": "errata.editors.rome",
+    "ROMEConfig": "errata.editors.rome",
     "SAKE": "errata.editors.sake",
     "SAKEConfig": "errata.editors.sake",
     "load": "errata.model.loading",

@@ -104,7 +104,7 @@ def statistics(
 
 def corpus_of(corpus: list[str] | None, model: str, n: int | None = None, revision: str | None = None) -> Any:
     """The texts that --corpus names. Raises ConfigError."""
-    from errata.model.corpora import dataset_texts, file_texts
+    from errata.model.corpora import named_texts
 
     named = corpus or (["atlas"] if is_atlas(model) else [])
     if not named:
@@ -113,14 +113,7 @@ def corpus_of(corpus: list[str] | None, model: str, n: int | None = None, revisi
         from errata.atlas.texts import STATISTICS_TEXTS, atlas_texts
 
         return atlas_texts(n or STATISTICS_TEXTS)
-    if all(Path(name).is_file() for name in named):
-        return file_texts(named)
-    missing = [name for name in named if not Path(name).is_file()]
-    if len(named) > 1 or Path(missing[0]).suffix == ".txt":
-        raise ConfigError(f"expected text files, found none at {', '.join(missing)}")
-    name, _, rest = missing[0].partition(":")
-    config, _, split = rest.partition(":")
-    return dataset_texts(name, config=config or None, split=split or "train", revision=revision)
+    return named_texts(named, revision)
 
 
 def layers_of(text: str, n_layers: int) -> list[int]:

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,26 @@ def file_texts(paths: Sequence[str | os.PathLike[str]]) -> Texts:
                 raise ConfigError(f"expected UTF-8 texts, one a line, in {Path(path)}: {error}") from None
 
     return Texts("files", read)
+
+
+def named_texts(names: Sequence[str], revision: str | None = None) -> Texts:
+    """Text files, or one data set as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT. Raises ConfigError for files that are missing."""
+    if all(Path(name).is_file() for name in names):
+        return file_texts(names)
+    missing = [name for name in names if not Path(name).is_file()]
+    if len(names) > 1 or Path(missing[0]).suffix == ".txt":
+        raise ConfigError(f"expected text files, found none at {', '.join(missing)}")
+    name, _, rest = missing[0].partition(":")
+    config, _, split = rest.partition(":")
+    return dataset_texts(name, config=config or None, split=split or "train", revision=revision)
+
+
+def own_texts(model: Any) -> Texts | None:
+    """The corpus that a model was trained on, where this package holds it: Atlas's (its directory has a recipe); else None."""
+    if not (Path(str(getattr(model.config, "_name_or_path", ""))) / "recipe.json").is_file():
+        return None
+    texts: Texts = import_module("errata.atlas.texts").atlas_texts()
+    return texts
 
 
 def dataset_texts(

@@ -84,6 +84,26 @@ def load_statistics(path: str | os.PathLike[str], model: PreTrainedModel, layer:
     return statistics
 
 
+def found_statistics(
+    model: PreTrainedModel, layers: Sequence[int], cache: str | os.PathLike[str] | bool | None = None
+) -> dict[int, KeyStatistics]:
+    """{layer: its statistics} from the cache, over whatever corpus; of several the one with the most tokens.
+
+    Raises StatisticsError for a layer of this model of which nothing was gathered.
+    """
+    asked = {layer: _from_zero(model, layer) for layer in layers}
+    weights, store, found = weights_up_to(model, sorted(set(asked.values()))), Store(cache), {}
+    for layer, number in asked.items():
+        best = store.of_weights(number, weights[number])
+        if best is None:
+            raise StatisticsError(
+                f"expected key statistics of layer {number} of this {anatomy(model).family!r} model, found none; gather them "
+                f"with `errata statistics --layers {number}`, name a corpus, or do without (statistics=None)."
+            )
+        found[layer] = KeyStatistics(number, best.moment, dict(best.identity))
+    return found
+
+
 def key_statistics(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

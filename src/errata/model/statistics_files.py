@@ -137,6 +137,18 @@ class Store:
             return None
         return found if found.identity == identity and found.finished is not partial else None
 
+    def of_weights(self, layer: int, weights: str) -> Gathered | None:
+        """The finished statistics of these weights with the most tokens, over whatever corpus; None if there are none."""
+        best: tuple[int, str, Path] | None = None
+        for path in self._folder.glob(f"layer-{layer}-*.safetensors") if self._folder else ():
+            try:
+                header = _header(path)
+            except (OSError, StatisticsError):
+                continue  # what cannot be read is not what was asked for
+            if header["identity"].get("weights") == weights and header["finished"]:
+                best = max(best or (0, "", path), (int(header["count"]), path.name, path))
+        return read(best[2]) if best else None
+
     def keep(self, gathered: Sequence[Gathered]) -> None:
         """Write each, whole or not at all; a finished one takes the place of its partial."""
         for one in gathered:
@@ -170,22 +182,33 @@ def to_bytes(gathered: Gathered) -> bytes:
 
 def read(path: str | os.PathLike[str]) -> Gathered:
     """Statistics from a file that `to_bytes` made. Raises StatisticsError for another or a damaged one, OSError."""
-    path = Path(path)
+    path, header = Path(path), _header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            identity = dict(header["identity"])
+            moment = SecondMoment.of(file.get_tensor("sum"), int(header["count"]), product=str(identity["product"]))
+            return Gathered(identity, moment, int(header["groups"]), bool(header["finished"]))
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A statistics file's header, without its tensor. Raises as `read`."""
     with open(path, "rb"):
         pass  # for the usual OSError: safetensors has errors of its own
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("errata", "null"))
-            if not isinstance(header, dict) or header.get("format") != FORMAT:
-                raise StatisticsError(f"{path} is a safetensors file but holds no key statistics.")
-            if header.get("format_version") != FORMAT_VERSION:
-                raise StatisticsError(
-                    f"{path} has format version {header.get('format_version')!r}, not {FORMAT_VERSION}."
-                )
-            identity = dict(header["identity"])
-            moment = SecondMoment.of(file.get_tensor("sum"), int(header["count"]), product=str(identity["product"]))
-            return Gathered(identity, moment, int(header["groups"]), bool(header["finished"]))
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, StatisticsError):
-            raise
-        raise StatisticsError(f"{path} is not a readable statistics file (truncated or damaged): {error}.") from None
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise _unreadable(path, error) from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise StatisticsError(f"{path} is a safetensors file but holds no key statistics.")
+    if header.get("format_version") != FORMAT_VERSION:
+        raise StatisticsError(f"{path} has format version {header.get('format_version')!r}, not {FORMAT_VERSION}.")
+    if not isinstance(header.get("identity"), dict) or not {"count", "groups", "finished"} <= set(header):
+        raise _unreadable(path, "its header lacks fields")
+    return header
+
+
+def _unreadable(path: str | os.PathLike[str], why: object) -> StatisticsError:
+    return StatisticsError(f"{path} is not a readable statistics file (truncated or damaged): {why}.")
