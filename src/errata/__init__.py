@@ -8,6 +8,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from errata.edit import EditRequest, Implication, read_requests, write_requests
     from errata.editors import available_editors, get_editor
+    from errata.editors.compmemit import CompMEMIT, CompMEMITConfig
+    from errata.editors.emmet import EMMET, EMMETConfig
+    from errata.editors.memit import MEMIT, MEMITConfig
     from errata.editors.rome import ROME, ROMEConfig
     from errata.editors.sake import SAKE, SAKEConfig
     from errata.model.loading import load
@@ -20,6 +23,12 @@ _HOME = {
     "write_requests": "errata.edit",
     "available_editors": "errata.editors",
     "get_editor": "errata.editors",
+    "CompMEMIT": "errata.editors.compmemit",
+    "CompMEMITConfig": "errata.editors.compmemit",
+    "EMMET": "errata.editors.emmet",
+    "EMMETConfig": "errata.editors.emmet",
+    "MEMIT": "errata.editors.memit",
+    "MEMITConfig": "errata.editors.memit",
     "ROME": "errata.editors.rome",
     "ROMEConfig": "errata.editors.rome",
     "SAKE": "errata.editors.sake",
