@@ -1,11 +1,12 @@
-"""STEAM on Atlas: the sweep that chose lambda and the layers, and what it gains over its bases.
+"""STEAM on Atlas: the sweep that chose its settings, what it gains over its bases, and its figures.
 
-    python benchmarks/steam.py --sweep [--n 100] [--out sweep.json]       on dev edits: one row per setting
-    python benchmarks/steam.py --split dev|test [--n 300] [--out FILE]    the chosen setting against ROME and MEMIT
-    python benchmarks/steam.py --figures docs/figures [--n 60]            cosines to held-out anchors, 2-D projection
+    python benchmarks/steam.py --sweep --n 40                  dev edits, a row for each setting
+    python benchmarks/steam.py --split dev --n 150             the chosen setting against ROME (one edit at a time) and MEMIT (all)
+    python benchmarks/steam.py --figures docs/figures --n 60   cosines to held-out anchors, 2-D projection; dev edits
 
-Counterfactual edits from which something follows through the new object, each judged alone: whole objects by greedy decoding on
-`probe` phrasings. Portability is what follows (`bench.portability`); differences are paired over edits.
+Counterfactual edits from which something follows through the new object, judged by whole objects under greedy decoding on `probe`
+phrasings. Portability is what follows (`bench.portability`); gains are paired differences over edits. With --out, results go
+into that JSON file beside what it has already. Every choice is made on dev; `--split test` is for the final figures.
 """
 
 import argparse
@@ -15,9 +16,9 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ import errata
 import errata.files
 from errata.atlas.counterfact import attribute_snippets, counterfact_records, counterfact_requests
 from errata.atlas.references import references
+from errata.atlas.requests import request_for
 from errata.atlas.ripple import edited_fact, wordings
 from errata.atlas.world import World, link, load_world
-from errata.bench.fluency import Fluency, fluency
+from errata.bench.fluency import PROTOCOL_CONSISTENCY, PROTOCOL_FLUENCY, TfIdf, consistency, fluency, sample
 from errata.bench.metrics import Rate, by_case, rate
 from errata.bench.portability import (
     Outcome,
@@ -46,12 +48,27 @@ from errata.bench.portability import (
 from errata.bench.probes import exact
 from errata.bench.schemas import CounterFactRecord
 from errata.edit import EditRequest
+from errata.editors._contexts import FIXED
 from errata.editors.memit import MEMIT
 from errata.editors.rome import ROME
 from errata.editors.steam import STEAM
+from errata.locate.anchors import Reference, Wanted, anchors_for
+from errata.locate.figures import save_figure
+from errata.locate.semantics import cosine_figure, cosines, last_states_by_layer, projection_figure
+from errata.model.anatomy import anatomy
 from errata.model.generate import greedy_answers
 from errata.patch import Patch
 
+# What the bases need on Atlas: deltas of three times |h|, in few contexts.
+ROME_OPTIONS: dict[str, Any] = {"layer": 2, "lr": 1.0, "clamp": 8.0, "norm": 0.03, "contexts": FIXED[:5]}
+MEMIT_OPTIONS: dict[str, Any] = {
+    "layers": (1, 2, 3),
+    "lr": 1.0,
+    "clamp": 8.0,
+    "norm": 0.03,
+    "contexts": FIXED[:5],
+    "s0": 10.0,
+}
 METRICS = ("efficacy", "generalization", "other subjects", "same subject")
 NEIGHBOURS = 4
 
@@ -166,3 +183,272 @@ def summary(own: Sequence[Case], found: Sequence[Judged], base: Sequence[Judged]
             dict(zip(ids, chances, strict=True)), dict(zip(ids, before, strict=True)), "portability_target.prob"
         )
     return {name: row.json() for name, row in rows.items() if row is not None}
+
+
+def by_group(
+    own: Sequence[Case], found: Sequence[Judged], base: Sequence[Judged], groups: Sequence[str]
+) -> dict[str, Any]:
+    """Portability's gain over the base in each group of edits."""
+    ours, theirs = ported(own, found, False), ported(own, base, False)
+    rows = {}
+    for group in sorted(set(groups)):
+        ids = [case.request.id for case, g in zip(own, groups, strict=True) if g == group]
+        gain = paired_difference({i: ours[i] for i in ids}, {i: theirs[i] for i in ids}, "portability.generate")
+        rows[group] = gain.json()
+    return rows
+
+
+def anchor_group(note: Mapping[str, Any]) -> str:
+    """How many references an edit's anchor is the mean of, in classes."""
+    used, forced = note["used"], note["forced"]
+    if forced:
+        return "with forced contexts"
+    return next(f"{low:2d} to {high}" for low, high in ((0, 4), (5, 8), (9, 15), (16, 10**6)) if used <= high)
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------------
+
+
+CENTRE: dict[str, Any] = {"weight": 5.0, "layers": (3, 6), "counts": True}
+AROUND: tuple[dict[str, Any], ...] = (
+    {},
+    *({"weight": weight} for weight in (1.0, 2.0, 10.0, 20.0)),
+    *({"layers": layers} for layers in ((3, 4), (5, 6), (3, 7))),
+    {"counts": False},
+    {"read": "subject_last"},
+    {"read": "subject_last", "strata": "matched"},
+    {"strata": "matched"},
+    {"schedule": "warmup"},
+    {"schedule": "balanced", "weight": 1.0},
+    {"distance": "mse", "weight": 0.1},
+    {"count": 4},
+    {"count": 64},
+)
+
+
+def sweep(
+    model: Any, tokenizer: Any, own: Sequence[Case], known: Sequence[Reference], seed: int, keep: Callable[[Any], None]
+) -> None:
+    """ROME, ROME without its early stop, and STEAM on ROME around one setting, an option at a time; `keep` gets the rows."""
+    requests = [case.request for case in own]
+    editors = {"rome": ROME(**ROME_OPTIONS), "rome, every step taken": ROME(**ROME_OPTIONS, stop=1e-9)}
+    editors |= {
+        json.dumps(CENTRE | changes): STEAM(references=known, **ROME_OPTIONS, **(CENTRE | changes))
+        for changes in AROUND
+    }
+    rows: dict[str, Any] = {}
+    base: list[Judged] | None = None
+    for name, editor in editors.items():
+        started = time.perf_counter()
+        patch = editor.fit(model, tokenizer, requests, seed=seed)
+        seconds = (time.perf_counter() - started) / len(requests)
+        found = judged(model, tokenizer, own, singles(patch))
+        rows[name] = summary(own, found, base) | {"seconds_fit_per_edit": round(seconds, 3)}
+        base = base or found
+        show(name, rows[name])
+        keep(rows)
+
+
+def show(name: str, row: Mapping[str, Any]) -> None:
+    """One line on stderr."""
+    shown = {k: v for k, v in row.items() if isinstance(v, dict) and "value" in v}
+    parts = [
+        f"{k} {v['value']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}]" if "gain" in k else f"{k} {v['value']:.3f}"
+        for k, v in shown.items()
+    ]
+    print(f"{name}: {'; '.join(parts)}", file=sys.stderr, flush=True)
+
+
+def compare(
+    model: Any,
+    tokenizer: Any,
+    world: World,
+    own: Sequence[Case],
+    known: Sequence[Reference],
+    args: argparse.Namespace,
+    keep: Callable[[Any], None],
+) -> None:
+    """ROME and STEAM on it one edit at a time, MEMIT and STEAM on it all edits at once; gains are over each one's base."""
+    requests = [case.request for case in own]
+    rows: dict[str, Any] = {"unedited": summary(own, [judge(model, tokenizer, case) for case in own])}
+    show("unedited", rows["unedited"])
+    for base, options in (("rome", ROME_OPTIONS), ("memit", MEMIT_OPTIONS)):
+        before: list[Judged] | None = None
+        for name, editor in (
+            (base, {"rome": ROME, "memit": MEMIT}[base](**options)),
+            (f"steam on {base}", STEAM(base=base, references=known, **options)),
+        ):
+            started = time.perf_counter()
+            patch = editor.fit(model, tokenizer, requests, seed=args.seed)
+            seconds = (time.perf_counter() - started) / len(requests)
+            if base == "rome":
+                found = judged(model, tokenizer, own, singles(patch))
+            else:
+                with patch.attach(model, tokenizer):
+                    found = [judge(model, tokenizer, case) for case in own]
+            rows[name] = summary(own, found, before) | {"seconds_fit_per_edit": round(seconds, 3)}
+            if base == "rome":
+                some = own[: args.texts]
+                rows[name] |= free_texts(model, tokenizer, world, some, singles(patch)[: args.texts], args.seed)
+            if before is not None:
+                notes = [patch.report[case.request.id]["anchor"] for case in own]
+                relations = [case.request.relation or "" for case in own]
+                rows[name]["gain by relation"] = by_group(own, found, before, relations)
+                rows[name]["gain by references"] = by_group(own, found, before, [anchor_group(note) for note in notes])
+            before = before or found
+            show(name, rows[name])
+            keep(rows)
+    rows["unedited"] |= free_texts(model, tokenizer, world, own[: args.texts], [None] * args.texts, args.seed)
+    keep(rows)
+    table(rows)
+
+
+def free_texts(
+    model: Any, tokenizer: Any, world: World, own: Sequence[Case], patches: Sequence[Patch | None], seed: int
+) -> dict[str, Any]:
+    """Fluency and consistency of free texts, each edit alone (None: unedited): means with 1.96 standard errors."""
+    groups = attribute_snippets(world, [case.record for case in own])
+    snippets = {(group.relation_id, group.target_id): [s.text for s in group.samples] for group in groups}
+    tfidf = TfIdf.of(text for texts in snippets.values() for text in texts)
+    scores: dict[str, list[float]] = {"fluency": [], "consistency": []}
+    for case, patch in zip(own, patches, strict=False):
+        with patch.attach(model, tokenizer) if patch is not None else nullcontext():
+            texts = sample(model, tokenizer, case.record.generation_prompts, seed=seed)
+        scores["fluency"].append(fluency(texts))
+        rewrite = case.record.requested_rewrite
+        about = snippets.get((rewrite.relation_id, link(rewrite.target_new.str_)))
+        if about:
+            scores["consistency"].append(consistency(texts, about, tfidf))
+    protocols = {"fluency": PROTOCOL_FLUENCY, "consistency": PROTOCOL_CONSISTENCY}
+    rows = {}
+    for name, values in scores.items():
+        mean, error = float(np.mean(values)), 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5
+        rows[name] = Rate(mean, mean - error, mean + error, len(values), protocols[name]).json()
+    return rows
+
+
+def table(rows: Mapping[str, Any]) -> None:
+    """Metrics by method, for the reader."""
+    names = list(
+        dict.fromkeys(k for row in rows.values() for k, v in row.items() if isinstance(v, dict) and "value" in v)
+    )
+    made = Table("metric", *rows)
+    for name in names:
+        figures = [row.get(name) for row in rows.values()]
+        made.add_row(
+            name, *("" if f is None else f"{f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}]" for f in figures)
+        )
+    Console(stderr=True, width=150).print(made)
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------------
+
+OBJECTS = (("citizenship", "Russia"), ("citizenship", "Argentina"), ("mother_tongue", "Arabic"))
+EDITS_PER_OBJECT = 16
+
+
+def draw(model: Any, tokenizer: Any, world: World, known: Sequence[Reference], args: argparse.Namespace) -> None:
+    """Both figures, from dev edits; anchors and references are of wordings that no fit saw."""
+    folder, layers = Path(args.figures), range(anatomy(model).n_layers)
+    held = references(world, mark="probe")
+    requests = counterfact_requests(world, args.n, split="dev", seed=args.seed, neighbours=False, portable=True)
+    steam = STEAM(references=known, **ROME_OPTIONS)
+    wanted = [Wanted(request.target_new, request.relation) for request in requests]
+    goals = [anchor.states for anchor in anchors_for(model, tokenizer, wanted, held, layers)]
+    kept = [i for i, goal in enumerate(goals) if goal is not None]
+    requests, anchors = [requests[i] for i in kept], torch.stack([goals[i] for i in kept])
+    centre = anchors.mean(0)
+    true = {
+        link(r.object): r.prompt for r in reversed(known)
+    }  # a fact with the object, in a wording that was fitted on
+    states = edited_states(model, tokenizer, requests, layers, steam)
+    states["true facts"] = last_states_by_layer(model, tokenizer, [true[link(r.target_new)] for r in requests], layers)
+    curves = {name: (cosines(own, anchors), cosines(own, anchors, centre)) for name, own in states.items()}
+    for name, (raw, centred) in curves.items():
+        print(f"{name}: raw {raw.mean(0).tolist()}; centred {centred.mean(0).tolist()}", file=sys.stderr)
+    aligned = steam.aligned_layers(model)
+    save_figure(cosine_figure(curves, [ROME_OPTIONS["layer"]], aligned), folder / "steam-cosines.svg")
+    layer, objects = aligned[-1], {}
+    for relation, target in OBJECTS:
+        facts = [f for f in world.by_relation[relation] if f.split == "dev" and link(f.object) != target]
+        picked = random.Random(args.seed).sample(facts, EDITS_PER_OBJECT)
+        edits = [request_for(world, fact, target) for fact in picked]
+        of = [r.prompt for r in held if r.object == target]
+        there = last_states_by_layer(model, tokenizer, random.Random(0).sample(of, min(len(of), 60)), [layer])[:, 0]
+        moved = edited_states(model, tokenizer, edits, [layer], steam)
+        objects[f"{target} ({relation})"] = {"references": there} | {k: v[:, 0] for k, v in moved.items()}
+    save_figure(
+        projection_figure(objects, "references", f"Residual stream before the object, layer {layer}"),
+        folder / "steam-projection.svg",
+    )
+
+
+def edited_states(
+    model: Any, tokenizer: Any, requests: Sequence[EditRequest], layers: Sequence[int], steam: STEAM
+) -> dict[str, torch.Tensor]:
+    """{who: (n, layers, d)} states at the last token of each request's prompt: unedited, and each edit alone."""
+    found = {"unedited": last_states_by_layer(model, tokenizer, [request.text for request in requests], layers)}
+    for name, editor in (("ROME", ROME(**ROME_OPTIONS)), ("STEAM", steam)):
+        rows = []
+        for request, patch in zip(requests, singles(editor.fit(model, tokenizer, requests)), strict=True):
+            with patch.attach(model, tokenizer):
+                rows.append(last_states_by_layer(model, tokenizer, [request.text], layers))
+        found[name] = torch.cat(rows)
+    return found
+
+
+def load_results(path: str | None) -> dict[str, Any]:
+    """What a result file has already."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path and Path(path).exists() else {}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="atlas")
+    parser.add_argument("--n", type=int, default=150)
+    parser.add_argument("--texts", type=int, default=40, help="edits whose free texts are judged")
+    parser.add_argument("--split", default="dev", choices=("dev", "test"))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--figures", metavar="DIR")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    if args.split == "test" and (args.sweep or args.figures):
+        parser.error("choices are made on dev: --sweep and --figures take no --split test")
+    world = load_world()
+    model, tokenizer = errata.load(args.model)
+    known = references(world)
+
+    def keep(key: str) -> Callable[[Any], None]:
+        def write(found: Any) -> None:
+            if args.out:
+                results = load_results(args.out)
+                results[key] = {"n": args.n, "seed": args.seed, "machine": machine(), "rows": found}
+                errata.files.write_atomically(args.out, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+        return write
+
+    if args.figures:
+        draw(model, tokenizer, world, known, args)
+    elif args.sweep:
+        own = cases(model, tokenizer, world, args.n, "dev", args.seed)
+        sweep(model, tokenizer, own, known, args.seed, keep("sweep"))
+    else:
+        own = cases(model, tokenizer, world, args.n, args.split, args.seed)
+        compare(model, tokenizer, world, own, known, args, keep(args.split))
+    return 0
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on."""
+    return {
+        "cores": os.cpu_count(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "command": " ".join(sys.argv),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,9 @@ from errata.model.room import check_room
 from errata.model.states import evaluating, input_device
 from errata.model.tokens import pad, pad_id, token_ids
 
-PROTOCOL_FLUENCY = "fluency.entropy: a third of the 2-gram and two thirds of the 3-gram entropy, bits x 100; mean over texts"
+PROTOCOL_FLUENCY = (
+    "fluency.entropy: a third of the 2-gram and two thirds of the 3-gram entropy, bits x 100; mean over texts"
+)
 PROTOCOL_CONSISTENCY = "consistency.tfidf: cosine of TF-IDF vectors of all generated and all reference texts, x 100"
 LENGTH, TOP_K = 100, 5  # tokens of a text with its prompt; the likeliest tokens that are sampled from
 

@@ -148,9 +148,7 @@ class STEAM(Editor[STEAMConfig]):
         if references is None:
             references = tuple(read_references(config.references)) if config.references else ()
         edited = {_about(request.subject or "", request.relation) for request in requests}
-        wanted = [
-            Wanted(request.target_new, request.relation, _forced(request, config.least)) for request in requests
-        ]
+        wanted = [Wanted(request.target_new, request.relation, _forced(request, config.least)) for request in requests]
         kept = (r for r in references if _about(r.subject, r.relation) not in edited)
         how = {name: getattr(config, name) for name in ("count", "strata", "read", "least")}
         return anchors_for(model, tokenizer, wanted, kept, layers, seed=seed, **how)
