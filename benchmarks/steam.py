@@ -214,7 +214,7 @@ AROUND: tuple[dict[str, Any], ...] = (
     {},
     *({"weight": weight} for weight in (1.0, 2.0, 10.0, 20.0)),
     *({"layers": layers} for layers in ((3, 4), (5, 6), (3, 7))),
-    {"counts": False},
+    *({"counts": False, "weight": weight} for weight in (5.0, 20.0, 50.0)),
     {"read": "subject_last"},
     {"read": "subject_last", "strata": "matched"},
     {"strata": "matched"},
@@ -227,18 +227,28 @@ AROUND: tuple[dict[str, Any], ...] = (
 
 
 def sweep(
-    model: Any, tokenizer: Any, own: Sequence[Case], known: Sequence[Reference], seed: int, keep: Callable[[Any], None]
+    model: Any,
+    tokenizer: Any,
+    own: Sequence[Case],
+    known: Sequence[Reference],
+    seed: int,
+    keep: Callable[[Any], None],
+    rows: dict[str, Any],
 ) -> None:
-    """ROME, ROME without its early stop, and STEAM on ROME around one setting, an option at a time; `keep` gets the rows."""
+    """ROME, ROME without its early stop, and STEAM on ROME around one setting, an option at a time.
+
+    `keep` gets the rows, old and new; a setting that is among `rows` is not run again.
+    """
     requests = [case.request for case in own]
     editors = {"rome": ROME(**ROME_OPTIONS), "rome, every step taken": ROME(**ROME_OPTIONS, stop=1e-9)}
     editors |= {
         json.dumps(CENTRE | changes): STEAM(references=known, **ROME_OPTIONS, **(CENTRE | changes))
         for changes in AROUND
     }
-    rows: dict[str, Any] = {}
     base: list[Judged] | None = None
     for name, editor in editors.items():
+        if base is not None and name in rows:
+            continue
         started = time.perf_counter()
         patch = editor.fit(model, tokenizer, requests, seed=seed)
         seconds = (time.perf_counter() - started) / len(requests)
@@ -432,7 +442,9 @@ def main() -> int:
         draw(model, tokenizer, world, known, args)
     elif args.sweep:
         own = cases(model, tokenizer, world, args.n, "dev", args.seed)
-        sweep(model, tokenizer, own, known, args.seed, keep("sweep"))
+        before = load_results(args.out).get("sweep", {})
+        rows = before["rows"] if (before.get("n"), before.get("seed")) == (args.n, args.seed) else {}
+        sweep(model, tokenizer, own, known, args.seed, keep("sweep"), rows)
     else:
         own = cases(model, tokenizer, world, args.n, args.split, args.seed)
         compare(model, tokenizer, world, own, known, args, keep(args.split))

@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 import errata
-from conftest import hooks_of
+from conftest import SENTENCES, hooks_of
 from errata.atlas.references import references
 from errata.atlas.requests import counterfactual_requests
 from errata.atlas.world import load_world
@@ -36,12 +36,12 @@ from errata.model.tokens import continuation_ids, subject_tokens, token_ids
 from errata.patch import Patch
 
 Tiny = Callable[..., Any]
-PROMPTS = (
-    ("The Space Needle", "The Space Needle is located in the city of"),
-    ("France", "The capital of France is"),
-    ("Japan", "Mount Everest and the capital of Japan is"),
-    ("Danielle Darrieux", "Danielle Darrieux's mother tongue is"),
-    ("Brazil", "São Paulo lies in Brazil; the capital of Brazil is"),
+# Every beginning of a sentence, about its last word: enough for a random model to say something that is a word of its own.
+PROMPTS = tuple(
+    (words[-1].strip(".,;"), " ".join(words).rstrip(".,;"))
+    for sentence in SENTENCES
+    for n in range(1, len(sentence.split()) + 1)
+    if (words := sentence.split()[:n])
 )
 EDITS = (
     EditRequest(prompt="The capital of {} is", subject="France", relation="capital", target_new="Tokyo"),
@@ -68,6 +68,13 @@ def own_answer(model: Any, tokenizer: Any, prompt: str) -> str | None:
     return text if text and continuation_ids(tokenizer, prompt, text) == [token] else None
 
 
+def own_references(model: Any, tokenizer: Any) -> tuple[str, list[Reference]]:
+    """What this random model says most often, and the prompts behind which it does."""
+    said = [(subject, prompt, own_answer(model, tokenizer, prompt)) for subject, prompt in PROMPTS]
+    (target, _), *_ = Counter(answer for *_, answer in said if answer).most_common()
+    return target, [Reference(subject, "r", target, prompt) for subject, prompt, answer in said if answer == target]
+
+
 def state_alone(model: Any, tokenizer: Any, prompt: str, layer: int, at: int = -1) -> Tensor:
     ids = torch.tensor([token_ids(tokenizer, [prompt])[0]])
     seen: list[Tensor] = []
@@ -88,13 +95,11 @@ def test_anchors_are_the_mean_of_a_loop_over_what_the_model_knows(
     family: str, read: Any, tiny: Tiny, tokenizer: Any
 ) -> None:
     model = tiny(family, layers=3).double()
-    answers = {prompt: own_answer(model, tokenizer, prompt) for _, prompt in PROMPTS}
-    said = next(a for a in answers.values() if a)
+    said, known = own_references(model, tokenizer)
     made = [Reference(subject, "r", said, prompt) for subject, prompt in PROMPTS]
-    known = [r for r in made if answers[r.prompt] == said]
-    assert 0 < len(known) < len(made)
+    assert 1 < len(known) < len(made)
     tokenizer.padding_side = "left"
-    [anchor] = anchors_for(model, tokenizer, [Wanted(said)], made, [0, -1], read=read, least=0)
+    [anchor] = anchors_for(model, tokenizer, [Wanted(said)], made, [0, -1], count=len(made), read=read, least=0)
     assert set(anchor.used) == set(known)
     assert anchor.note() == {
         "found": len(made), "tried": len(made), "known": len(known), "forced": 0, "used": len(known),
@@ -112,9 +117,8 @@ def test_anchors_are_the_mean_of_a_loop_over_what_the_model_knows(
 
 def test_an_anchor_depends_on_its_object_alone(tiny: Tiny, tokenizer: Any) -> None:
     model = tiny("gpt2", layers=2)
-    answers = [(s, p, a) for s, p in PROMPTS if (a := own_answer(model, tokenizer, p))]
-    made = [Reference(s, "r", a, p) for s, p, a in answers]
-    wanted = [Wanted(a, "r") for a in dict.fromkeys(a for *_, a in answers)]
+    made = [Reference(s, "r", a, p) for s, p in PROMPTS if (a := own_answer(model, tokenizer, p))]
+    wanted = [Wanted(a, "r") for a in dict.fromkeys(r.object for r in made)]
     together = anchors_for(model, tokenizer, wanted, made, [1], count=1, least=0)
     for w, one in zip(reversed(wanted), reversed(together), strict=True):
         [alone] = anchors_for(model, tokenizer, [w], made[::-1], [1], count=1, least=0)
@@ -191,18 +195,12 @@ def same_parts(a: Patch, b: Patch) -> bool:
     )
 
 
-def known_references(model: Any, tokenizer: Any, target: str) -> list[Reference]:
-    """A prompt that ends in a statement of the target, until the random model repeats it; else none."""
-    return [Reference(s, "r", target, p) for s, p in PROMPTS if own_answer(model, tokenizer, p) == target]
-
-
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("base", ["rome", "memit"])
 def test_weight_zero_is_the_base_bit_for_bit(base: str, family: str, tiny: Tiny, tokenizer: Any) -> None:
     model = tiny(family, layers=3)
-    target = next(a for _, p in PROMPTS if (a := own_answer(model, tokenizer, p)))
+    target, made = own_references(model, tokenizer)
     edits = [e.model_copy(update={"target_new": target}) for e in EDITS]
-    made = known_references(model, tokenizer, target)
     options = {k: v for k, v in BARE.items() if k != "layer"} | ({"layer": 0} if base == "rome" else {"layers": (0, 1)})
     plain = {"rome": ROME, "memit": MEMIT}[base](**options).fit(model, tokenizer, edits)
     zero = STEAM(base=base, weight=0.0, references=made, **options).fit(model, tokenizer, edits)
@@ -218,11 +216,11 @@ def test_weight_zero_is_the_base_bit_for_bit(base: str, family: str, tiny: Tiny,
 
 def test_the_model_is_left_as_found_and_the_patch_comes_off(tiny: Tiny, tokenizer: Any) -> None:
     model = tiny("gpt2", layers=3)
-    target = next(a for _, p in PROMPTS if (a := own_answer(model, tokenizer, p)))
+    target, made = own_references(model, tokenizer)
     edits = [e.model_copy(update={"target_new": target}) for e in EDITS]
     ids = torch.tensor([token_ids(tokenizer, [EDITS[0].text])[0]])
     before, state = model(input_ids=ids).logits, torch.random.get_rng_state()
-    editor = STEAM(references=known_references(model, tokenizer, target), layers=(1, 2), **BARE)
+    editor = STEAM(references=made, layers=(1, 2), **BARE)
     patch = editor.fit(model, tokenizer, edits)
     assert torch.equal(torch.random.get_rng_state(), state) and hooks_of(model) == []
     with patch.attach(model, tokenizer):
@@ -234,10 +232,10 @@ def test_the_model_is_left_as_found_and_the_patch_comes_off(tiny: Tiny, tokenize
 
 def test_a_triple_that_the_batch_edits_is_no_reference(tiny: Tiny, tokenizer: Any) -> None:
     model = tiny("gpt2", layers=3)
-    subject, prompt, target = next((s, p, a) for s, p in PROMPTS if (a := own_answer(model, tokenizer, p)))
+    target, (reference, *_) = own_references(model, tokenizer)
     own = EDITS[0].model_copy(update={"target_new": target})
-    other = EditRequest(prompt=prompt.replace(subject, "{}"), subject=subject, relation="r", target_new="Seattle")
-    editor = STEAM(references=[Reference(subject, "r", target, prompt)], layers=(1, 2), least=0, **BARE)
+    other = EditRequest(prompt="{} lies in", subject=reference.subject, relation="r", target_new="Seattle")
+    editor = STEAM(references=[reference], layers=(1, 2), least=0, **BARE)
     assert editor.fit(model, tokenizer, [own]).report[own.id]["anchor"]["used"] == 1
     assert editor.fit(model, tokenizer, [own, other]).report[own.id]["anchor"]["found"] == 0
 
@@ -334,9 +332,9 @@ def test_bad_settings_are_refused_in_a_sentence(tiny: Tiny, tokenizer: Any) -> N
     with pytest.raises(AnatomyError):
         STEAM(layers=(1, 9)).aligned_layers(model)
     assert STEAM(layers=(-2, -1)).aligned_layers(model) == (1, 2)
-    target = next(a for _, p in PROMPTS if (a := own_answer(model, tokenizer, p)))
+    target, made = own_references(model, tokenizer)
     edit = EDITS[0].model_copy(update={"target_new": target})
-    low = STEAM(references=known_references(model, tokenizer, target), layers=(0, 1), **(BARE | {"layer": 2}))
+    low = STEAM(references=made, layers=(0, 1), **(BARE | {"layer": 2}))
     with pytest.raises(ConfigError, match=r"aligned layers from the edited one \(2\) on, found 0 to 1"):
         low.fit(model, tokenizer, [edit])
     with pytest.raises(RequestError, match="needs a subject"):
