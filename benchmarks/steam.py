@@ -214,7 +214,7 @@ AROUND: tuple[dict[str, Any], ...] = (
     {},
     *({"weight": weight} for weight in (1.0, 2.0, 10.0, 20.0)),
     *({"layers": layers} for layers in ((3, 4), (5, 6), (3, 7))),
-    *({"counts": False, "weight": weight} for weight in (5.0, 20.0, 50.0)),
+    {"counts": False},
     {"read": "subject_last"},
     {"read": "subject_last", "strata": "matched"},
     {"strata": "matched"},
@@ -223,6 +223,10 @@ AROUND: tuple[dict[str, Any], ...] = (
     {"distance": "mse", "weight": 0.1},
     {"count": 4},
     {"count": 64},
+    *({"weight": weight} for weight in (50.0, 100.0)),
+    {"weight": 20.0, "layers": (3, 7)},
+    {"weight": 20.0, "strata": "matched"},
+    *({"weight": weight, "counts": False} for weight in (20.0, 50.0)),
 )
 
 

@@ -38,21 +38,22 @@ class STEAMConfig:
     """Settings of STEAM; any other option is one of the base editor's.
 
     base: the editor whose value search is aligned; settings: its options. weight: lambda, 0 for the base itself; layers: the
-    first and the last aligned layer, negative from the end, None for the middle of the depth up to the last but one; a
-    layer not above the edited one does not move and is left out. distance: "cosine", or "mse" (activation units squared).
-    schedule, warmup: of lambda, see `Alignment`; counts: whether the term is part of the loss that stops a search.
+    first and the last aligned layer, negative from the end, None for three eighths of the depth up to the last but one; a
+    layer below the edited one does not move and is left out. distance: "cosine", or "mse" (activation units squared).
+    schedule, warmup: of lambda, see `Alignment`; counts: whether the term is part of the loss that stops a search (then all
+    steps are taken, as a rule).
     read: where states are read, the prompt's last token or the subject's. references: a JSONL file of {subject, relation,
     object, prompt}; count, strata, least: how many references make an anchor and which, see `anchors_for`.
     """
 
     base: Literal["rome", "memit"] = "rome"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    weight: float = 1.0
+    weight: float = 20.0
     layers: tuple[int, int] | None = None
     distance: Literal["cosine", "mse"] = "cosine"
     schedule: Literal["constant", "warmup", "balanced"] = "constant"
     warmup: int = 5
-    counts: bool = False
+    counts: bool = True
     read: Read = "prompt_last"
     references: str | None = None
     count: int = 16
@@ -134,7 +135,8 @@ class STEAM(Editor[STEAMConfig]):
     def aligned_layers(self, model: Any) -> tuple[int, ...]:
         """The aligned layers, counted from 0. Raises AnatomyError out of range, ConfigError for none."""
         parts = anatomy(model)
-        first, last = self.config.layers or (parts.n_layers // 2, max(parts.n_layers // 2, parts.n_layers - 2))
+        lowest = parts.n_layers * 3 // 8
+        first, last = self.config.layers or (lowest, max(lowest, parts.n_layers - 2))
         start, stop = (parts.blocks.index(parts.site(layer)) for layer in (first, last))
         if start > stop:
             raise ConfigError(f"expected layers from a first to a last one, found {self.config.layers}")
