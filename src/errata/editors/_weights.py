@@ -50,16 +50,16 @@ class WeightConfig:
     reuse, batch_tokens: how the search runs, not what it finds.
     """
 
-    contexts: str | tuple[str, ...] = "generated"
+    contexts: str | tuple[str, ...] = "fixed"
     statistics: Any = "auto"
     jitter: float | None = None
     steps: int = 20
-    lr: float = 0.5
-    clamp: float | None = 4.0
+    lr: float = 1.0
+    clamp: float | None = 10.0
     stop: float = 0.05
     kl: float = 0.0625
     kl_position: Position = "prompt_last"
-    norm: float = 0.5
+    norm: float = 0.01
     norm_form: Literal["ratio", "published", "plain"] = "ratio"
     norm_counts: bool = False
     reuse: bool = True
@@ -292,8 +292,12 @@ def layer_index(model: Any, layer: int | None, default: int = 0) -> int:
 
 
 def third(model: Any) -> int:
-    """The layer a third of the way up: near where causal tracing finds facts in GPT-2 XL (layer 17 of 48)."""
-    return max(0, round(anatomy(model).n_layers / 3))
+    """The layer a third of the way up: near where causal tracing finds facts in GPT-2 XL (layer 17 of 48); never the last.
+
+    What the last layer puts out at the subject reaches no later token.
+    """
+    n_layers = anatomy(model).n_layers
+    return max(0, min(round(n_layers / 3), n_layers - 2))
 
 
 def part(model: Any, edits: Sequence[str], U: Tensor, V: Tensor, layer: int) -> LowRank:

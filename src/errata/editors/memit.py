@@ -7,7 +7,7 @@ low-rank part for each layer, a column for each edit. A batch sees the batches b
 takes its columns with it, and the others are not solved again.
 
 Differs from the published code by default (preset "published" restores it): lambda is scaled to the width of the keys;
-keys are averaged over all contexts alike; essence KL and norm penalty as in ROME's file.
+keys are averaged over all contexts alike; contexts and the value search are as in ROME's file.
 """
 
 import math
@@ -101,6 +101,9 @@ class MEMIT(WeightEditor[MEMITConfig]):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "published": {
             "lam": 15000.0,
+            "contexts": "generated",
+            "lr": 0.5,
+            "norm": 0.5,
             "clamp": 0.75,
             "key_average": "by type",
             "kl_position": "subject_last",
@@ -262,4 +265,9 @@ def refuse_contradictions(requests: Sequence[EditRequest]) -> None:
 
 def _shifted(progress: Progress | None, start: int, of: int, total: int) -> Progress | None:
     """Progress in requests, from that in the jobs of a batch of `of` requests that begins at `start`."""
-    return progress and (lambda done, jobs: progress(start + done * of // jobs, total))
+
+    def shifted(done: int, jobs: int) -> None:
+        if progress is not None and (now := done * of // jobs) > (done - 1) * of // jobs:
+            progress(start + now, total)
+
+    return shifted
