@@ -462,7 +462,7 @@ def machine() -> dict[str, Any]:
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "command": " ".join(sys.argv),
+        "command": " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
 
 
