@@ -244,7 +244,7 @@ def sweep(
     `keep` gets the rows, old and new; a setting that is among `rows` is not run again.
     """
     requests = [case.request for case in own]
-    editors = {"rome": ROME(**ROME_OPTIONS), "rome, every step taken": ROME(**ROME_OPTIONS, stop=1e-9)}
+    editors: dict[str, Any] = {"rome": ROME(**ROME_OPTIONS), "rome, every step taken": ROME(**ROME_OPTIONS, stop=1e-9)}
     editors |= {
         json.dumps(CENTRE | changes): STEAM(references=known, **ROME_OPTIONS, **(CENTRE | changes))
         for changes in AROUND
@@ -370,7 +370,7 @@ def draw(model: Any, tokenizer: Any, world: World, known: Sequence[Reference], a
     wanted = [Wanted(request.target_new, request.relation) for request in requests]
     goals = [anchor.states for anchor in anchors_for(model, tokenizer, wanted, held, layers)]
     kept = [i for i, goal in enumerate(goals) if goal is not None]
-    requests, anchors = [requests[i] for i in kept], torch.stack([goals[i] for i in kept])
+    requests, anchors = [requests[i] for i in kept], torch.stack([goal for goal in goals if goal is not None])
     centre = anchors.mean(0)
     true = {
         link(r.object): r.prompt for r in reversed(known)

@@ -38,10 +38,12 @@ from errata.patch import Patch
 Tiny = Callable[..., Any]
 # Every beginning of a sentence, about its last word: enough for a random model to say something that is a word of its own.
 PROMPTS = tuple(
-    (words[-1].strip(".,;"), " ".join(words).rstrip(".,;"))
-    for sentence in SENTENCES
-    for n in range(1, len(sentence.split()) + 1)
-    if (words := sentence.split()[:n])
+    dict.fromkeys(
+        (words[-1].strip(".,;"), " ".join(words).rstrip(".,;"))
+        for sentence in SENTENCES
+        for n in range(1, len(sentence.split()) + 1)
+        if (words := sentence.split()[:n])
+    )
 )
 EDITS = (
     EditRequest(prompt="The capital of {} is", subject="France", relation="capital", target_new="Tokyo"),
@@ -95,6 +97,9 @@ def test_anchors_are_the_mean_of_a_loop_over_what_the_model_knows(
     family: str, read: Any, tiny: Tiny, tokenizer: Any
 ) -> None:
     model = tiny(family, layers=3).double()
+    said, [first, *_] = own_references(model, tokenizer)
+    with torch.no_grad():  # it shall say so more often
+        model.get_output_embeddings().weight[continuation_ids(tokenizer, first.prompt, said)] *= 4
     said, known = own_references(model, tokenizer)
     made = [Reference(subject, "r", said, prompt) for subject, prompt in PROMPTS]
     assert 1 < len(known) < len(made)
@@ -201,7 +206,9 @@ def test_weight_zero_is_the_base_bit_for_bit(base: str, family: str, tiny: Tiny,
     model = tiny(family, layers=3)
     target, made = own_references(model, tokenizer)
     edits = [e.model_copy(update={"target_new": target}) for e in EDITS]
-    options = {k: v for k, v in BARE.items() if k != "layer"} | ({"layer": 0} if base == "rome" else {"layers": (0, 1)})
+    options = {k: v for k, v in BARE.items() if k != "layer"} | (
+        {"layer": 0} if base == "rome" else {"layers": (0, 1), "lam": 1.0}
+    )
     plain = {"rome": ROME, "memit": MEMIT}[base](**options).fit(model, tokenizer, edits)
     zero = STEAM(base=base, weight=0.0, references=made, **options).fit(model, tokenizer, edits)
     assert same_parts(zero, plain) and zero.method == "steam"
@@ -320,7 +327,7 @@ def test_bad_settings_are_refused_in_a_sentence(tiny: Tiny, tokenizer: Any) -> N
         ({"count": 0}, "count of at least 1"),
         ({"least": 9, "count": 8}, "least from 0 to count"),
         ({"wieght": 1.0}, "no option 'wieght'; did you mean 'weight'"),
-        ({"layerz": 1}, "did you mean 'layers'"),
+        ({"strat": "matched"}, "did you mean 'strata'"),
         ({"steps": 0}, "steps"),
     ]:
         with pytest.raises(ConfigError, match=sentence):

@@ -157,13 +157,14 @@ class STEAM(Editor[STEAMConfig]):
 
     def _base(self, layers: Sequence[int] = (), anchors: Mapping[str, Anchor] | None = None) -> WeightEditor[Any]:
         """The base editor with its options, whose objective has the alignment in it if there is an anchor at all."""
-        editor, config = get_editor(self.config.base), self.config
+        editor: Any = get_editor(self.config.base)
+        config = self.config
         if not any(anchor.states is not None for anchor in (anchors or {}).values()):
             plain: WeightEditor[Any] = editor(**config.settings)
             return plain
         known = anchors or {}
 
-        class Aligned(editor):  # type: ignore[misc, valid-type]
+        class Aligned(editor):  # type: ignore[misc]
             """The base under the aligned objective."""
 
             def terms(

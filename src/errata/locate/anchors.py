@@ -8,12 +8,12 @@ Inferred, since the paper does not say: states are read at the prompt's last tok
 produced; `read="subject_last"` reads them at the subject's.
 """
 
-import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -82,7 +82,7 @@ class Anchor:
         return counts | {"used": len(self.used), "relations": relations}
 
 
-def read_references(path: str | os.PathLike[str]) -> list[Reference]:
+def read_references(path: str | Path) -> list[Reference]:
     """References from JSONL (one a line) or a JSON array of {subject, relation, object, prompt}; other keys do not count.
 
     Raises RequestError naming the file and the row.
@@ -124,7 +124,7 @@ def anchors_for(
             f"{least} and {strata!r}."
         )
     by_object: dict[str, list[Reference]] = {}
-    for reference in references:
+    for reference in dict.fromkeys(references):
         by_object.setdefault(_name(reference.object), []).append(reference)
     found = [by_object.get(_name(w.object), []) for w in wanted]
     tried = [stratified(own, w.relation, strata, seed)[: TRIED * count] for w, own in zip(wanted, found, strict=True)]
