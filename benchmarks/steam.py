@@ -163,6 +163,12 @@ def ported(own: Sequence[Case], found: Sequence[Judged], known: bool) -> Mapping
     return case_scores(kept)
 
 
+def chance(own: Sequence[Case], found: Sequence[Judged]) -> dict[str, float]:
+    """Mean probability of what follows, for each edit from which something does."""
+    pairs = [(case.request.id, one.outcomes) for case, one in zip(own, found, strict=True) if one.outcomes]
+    return {edit: float(np.mean([np.exp(-o.nll_after) for o in outcomes])) for edit, outcomes in pairs}
+
+
 def summary(own: Sequence[Case], found: Sequence[Judged], base: Sequence[Judged] | None = None) -> dict[str, Any]:
     """Every metric with its interval; against a base, portability's paired difference as well."""
     rows: dict[str, Rate | None] = {}
@@ -174,14 +180,11 @@ def summary(own: Sequence[Case], found: Sequence[Judged], base: Sequence[Judged]
         rows[name] = rate(ours.values(), f"{name}.generate: mean over edits")
         if base is not None:
             rows[f"{name}: gain"] = paired_difference(ours, ported(own, base, known), f"{name}.generate")
-    chances = [float(np.mean([np.exp(-o.nll_after) for o in j.outcomes])) for j in found]
-    rows["portability, probability"] = rate(chances, "portability_target.prob: mean over edits")
+    chances = chance(own, found)
+    rows["portability, probability"] = rate(chances.values(), "portability_target.prob: mean over edits")
     if base is not None:
-        before = [float(np.mean([np.exp(-o.nll_after) for o in j.outcomes])) for j in base]
-        ids = [case.request.id for case in own]
-        rows["portability, probability: gain"] = paired_difference(
-            dict(zip(ids, chances, strict=True)), dict(zip(ids, before, strict=True)), "portability_target.prob"
-        )
+        gain = paired_difference(chances, chance(own, base), "portability_target.prob")
+        rows["portability, probability: gain"] = gain
     return {name: row.json() for name, row in rows.items() if row is not None}
 
 
@@ -192,7 +195,9 @@ def by_group(
     ours, theirs = ported(own, found, False), ported(own, base, False)
     rows = {}
     for group in sorted(set(groups)):
-        ids = [case.request.id for case, g in zip(own, groups, strict=True) if g == group]
+        ids = [case.request.id for case, g in zip(own, groups, strict=True) if g == group and case.request.id in ours]
+        if not ids:
+            continue
         gain = paired_difference({i: ours[i] for i in ids}, {i: theirs[i] for i in ids}, "portability.generate")
         rows[group] = gain.json()
     return rows
@@ -209,11 +214,11 @@ def anchor_group(note: Mapping[str, Any]) -> str:
 # -- runs ------------------------------------------------------------------------------------------------------------------
 
 
-CENTRE: dict[str, Any] = {"weight": 5.0, "layers": (3, 6), "counts": True}
+CENTRE: dict[str, Any] = {"weight": 5.0, "aligned": (3, 6), "counts": True}
 AROUND: tuple[dict[str, Any], ...] = (
     {},
     *({"weight": weight} for weight in (1.0, 2.0, 10.0, 20.0)),
-    *({"layers": layers} for layers in ((3, 4), (5, 6), (3, 7))),
+    *({"aligned": layers} for layers in ((3, 4), (5, 6), (3, 7))),
     {"counts": False},
     {"read": "subject_last"},
     {"read": "subject_last", "strata": "matched"},
@@ -224,7 +229,7 @@ AROUND: tuple[dict[str, Any], ...] = (
     {"count": 4},
     {"count": 64},
     *({"weight": weight} for weight in (50.0, 100.0)),
-    {"weight": 20.0, "layers": (3, 7)},
+    {"weight": 20.0, "aligned": (3, 7)},
     {"weight": 20.0, "strata": "matched"},
     *({"weight": weight, "counts": False} for weight in (20.0, 50.0)),
 )
@@ -381,7 +386,7 @@ def draw(model: Any, tokenizer: Any, world: World, known: Sequence[Reference], a
     for name, (raw, centred) in curves.items():
         print(f"{name}: raw {raw.mean(0).tolist()}; centred {centred.mean(0).tolist()}", file=sys.stderr)
     aligned = steam.aligned_layers(model)
-    save_figure(cosine_figure(curves, [ROME_OPTIONS["layer"]], aligned), folder / "steam-cosines.svg")
+    save_figure(cosine_figure(curves, [ROME_OPTIONS["layer"]], aligned), folder / "steam-cosines.png")
     layer, objects = aligned[-1], {}
     for relation, target in OBJECTS:
         facts = [f for f in world.by_relation[relation] if f.split == "dev" and link(f.object) != target]
@@ -393,7 +398,7 @@ def draw(model: Any, tokenizer: Any, world: World, known: Sequence[Reference], a
         objects[f"{target} ({relation})"] = {"references": there} | {k: v[:, 0] for k, v in moved.items()}
     save_figure(
         projection_figure(objects, "references", f"Residual stream before the object, layer {layer}"),
-        folder / "steam-projection.svg",
+        folder / "steam-projection.png",
     )
 
 

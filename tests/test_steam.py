@@ -212,10 +212,10 @@ def test_weight_zero_is_the_base_bit_for_bit(base: str, family: str, tiny: Tiny,
     plain = {"rome": ROME, "memit": MEMIT}[base](**options).fit(model, tokenizer, edits)
     zero = STEAM(base=base, weight=0.0, references=made, **options).fit(model, tokenizer, edits)
     assert same_parts(zero, plain) and zero.method == "steam"
-    moved = STEAM(base=base, references=made, layers=(1, 2), least=0, **options).fit(model, tokenizer, edits)
+    moved = STEAM(base=base, references=made, aligned=(1, 2), least=0, **options).fit(model, tokenizer, edits)
     assert not same_parts(moved, plain)
     assert all(e["aligned"] and "alignment" in e["losses"] for e in moved.report.values())
-    none = STEAM(base=base, layers=(1, 2), least=0, **options).fit(model, tokenizer, edits)
+    none = STEAM(base=base, aligned=(1, 2), least=0, **options).fit(model, tokenizer, edits)
     assert same_parts(none, plain) and not any(e["aligned"] for e in none.report.values())
     again = Patch.from_bytes(moved.to_bytes())
     assert again == moved and again.config["settings"]["steps"] == 4 and again.config["base"] == base
@@ -227,7 +227,7 @@ def test_the_model_is_left_as_found_and_the_patch_comes_off(tiny: Tiny, tokenize
     edits = [e.model_copy(update={"target_new": target}) for e in EDITS]
     ids = torch.tensor([token_ids(tokenizer, [EDITS[0].text])[0]])
     before, state = model(input_ids=ids).logits, torch.random.get_rng_state()
-    editor = STEAM(references=made, layers=(1, 2), **BARE)
+    editor = STEAM(references=made, aligned=(1, 2), **BARE)
     patch = editor.fit(model, tokenizer, edits)
     assert torch.equal(torch.random.get_rng_state(), state) and hooks_of(model) == []
     with patch.attach(model, tokenizer):
@@ -242,7 +242,7 @@ def test_a_triple_that_the_batch_edits_is_no_reference(tiny: Tiny, tokenizer: An
     target, (reference, *_) = own_references(model, tokenizer)
     own = EDITS[0].model_copy(update={"target_new": target})
     other = EditRequest(prompt="{} lies in", subject=reference.subject, relation="r", target_new="Seattle")
-    editor = STEAM(references=[reference], layers=(1, 2), least=0, **BARE)
+    editor = STEAM(references=[reference], aligned=(1, 2), least=0, **BARE)
     assert editor.fit(model, tokenizer, [own]).report[own.id]["anchor"]["used"] == 1
     assert editor.fit(model, tokenizer, [own, other]).report[own.id]["anchor"]["found"] == 0
 
@@ -252,7 +252,7 @@ def test_the_term_pulls_edited_facts_to_their_anchors_on_atlas() -> None:
     model, tokenizer = atlas()
     edits = counterfactual_requests(load_world(), 10, split="dev", seed=3)
     options = {"layer": 2, "lr": 1.0, "clamp": 8.0, "norm": 0.03, "contexts": "bare"}
-    steam = STEAM(references=atlas_references(), weight=3.0, layers=(4, 6), **options)
+    steam = STEAM(references=atlas_references(), weight=3.0, aligned=(4, 6), **options)
     patches = {"rome": ROME(**options).fit(model, tokenizer, edits), "steam": steam.fit(model, tokenizer, edits)}
     wanted = [Wanted(e.target_new, e.relation) for e in edits]
     goals = anchors_for(model, tokenizer, wanted, atlas_references(), [4, 5, 6])
@@ -335,13 +335,13 @@ def test_bad_settings_are_refused_in_a_sentence(tiny: Tiny, tokenizer: Any) -> N
     with pytest.raises(ConfigError, match="'memit' has no option|on memit has no option 'layer'"):
         STEAM(base="memit", layer=3)
     with pytest.raises(ConfigError, match="from a first to a last one"):
-        STEAM(layers=(2, 1)).aligned_layers(model)
+        STEAM(aligned=(2, 1)).aligned_layers(model)
     with pytest.raises(AnatomyError):
-        STEAM(layers=(1, 9)).aligned_layers(model)
-    assert STEAM(layers=(-2, -1)).aligned_layers(model) == (1, 2)
+        STEAM(aligned=(1, 9)).aligned_layers(model)
+    assert STEAM(aligned=(-2, -1)).aligned_layers(model) == (1, 2)
     target, made = own_references(model, tokenizer)
     edit = EDITS[0].model_copy(update={"target_new": target})
-    low = STEAM(references=made, layers=(0, 1), **(BARE | {"layer": 2}))
+    low = STEAM(references=made, aligned=(0, 1), **(BARE | {"layer": 2}))
     with pytest.raises(ConfigError, match=r"aligned layers from the edited one \(2\) on, found 0 to 1"):
         low.fit(model, tokenizer, [edit])
     with pytest.raises(RequestError, match="needs a subject"):

@@ -37,7 +37,7 @@ from errata.prompts import contexts
 class STEAMConfig:
     """Settings of STEAM; any other option is one of the base editor's.
 
-    base: the editor whose value search is aligned; settings: its options. weight: lambda, 0 for the base itself; layers: the
+    base: the editor whose value search is aligned; settings: its options. weight: lambda, 0 for the base itself; aligned: the
     first and the last aligned layer, negative from the end, None for three eighths of the depth up to the last but one; a
     layer below the edited one does not move and is left out. distance: "cosine", or "mse" (activation units squared).
     schedule, warmup: of lambda, see `Alignment`; counts: whether the term is part of the loss that stops a search (then all
@@ -49,7 +49,7 @@ class STEAMConfig:
     base: Literal["rome", "memit"] = "rome"
     settings: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 20.0
-    layers: tuple[int, int] | None = None
+    aligned: tuple[int, int] | None = None
     distance: Literal["cosine", "mse"] = "cosine"
     schedule: Literal["constant", "warmup", "balanced"] = "constant"
     warmup: int = 5
@@ -126,7 +126,7 @@ class STEAM(Editor[STEAMConfig]):
         patch = base.fit(model, tokenizer, requests, seed=seed, progress=progress)
         config = asdict(replace(self.config, settings={})) | {"settings": base.config.json()}
         notes = {
-            edit: {"aligned": anchor.states is not None, "layers": list(layers), "anchor": anchor.note()}
+            edit: {"aligned": anchor.states is not None, "anchor": {"layers": list(layers)} | anchor.note()}
             for edit, anchor in found.items()
         }
         report = {edit: entry | notes.get(edit, {"aligned": False}) for edit, entry in patch.report.items()}
@@ -136,10 +136,10 @@ class STEAM(Editor[STEAMConfig]):
         """The aligned layers, counted from 0. Raises AnatomyError out of range, ConfigError for none."""
         parts = anatomy(model)
         lowest = parts.n_layers * 3 // 8
-        first, last = self.config.layers or (lowest, max(lowest, parts.n_layers - 2))
+        first, last = self.config.aligned or (lowest, max(lowest, parts.n_layers - 2))
         start, stop = (parts.blocks.index(parts.site(layer)) for layer in (first, last))
         if start > stop:
-            raise ConfigError(f"expected layers from a first to a last one, found {self.config.layers}")
+            raise ConfigError(f"expected layers from a first to a last one, found {self.config.aligned}")
         return tuple(range(start, stop + 1))
 
     def _anchors(

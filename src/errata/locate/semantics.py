@@ -68,7 +68,7 @@ def cosine_figure(
     """
     if not curves:
         raise RequestError("expected cosines to draw, found none.")
-    figure = new_figure(8.0, 3.4)
+    figure = new_figure(6.6, 3.0)
     panels = figure.subplots(1, 2, squeeze=False)[0]
     for side, (axes, title) in enumerate(zip(panels, ("raw", "centred"), strict=True)):
         for (name, both), colour in zip(curves.items(), LINES[2:] + LINES[:2], strict=False):
