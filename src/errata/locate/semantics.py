@@ -109,8 +109,10 @@ def projection_figure(objects: Mapping[str, Mapping[str, Tensor]], fitted_on: st
         axes.tick_params(labelsize=7)
     for axes in panels[len(objects) :]:
         axes.set_axis_off()
-    figure.supxlabel(f"first component ({float(shares[0]):.0%} of the variance)", fontsize=8)
-    figure.supylabel(f"second ({float(shares[1]):.0%})", fontsize=8)
+    for axes in panels[max(0, len(objects) - columns) : len(objects)]:
+        axes.set_xlabel(f"first component ({float(shares[0]):.0%} of variance)", fontsize=8)
+    for axes in panels[::columns]:
+        axes.set_ylabel(f"second component ({float(shares[1]):.0%})", fontsize=8)
     if title:
         figure.suptitle(title, fontsize=10)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
