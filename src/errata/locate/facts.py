@@ -51,14 +51,22 @@ def read_facts(path: str | Path) -> list[KnownFact]:
 
     Raises RequestError naming the file and the row.
     """
+    facts = [_fact(path, number, row) for number, row in read_rows(path)]
+    if not facts:
+        raise RequestError(f"expected facts in {path}, found none; write one {{prompt, subject, attribute}} a line.")
+    return facts
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number, object) for each object of a JSONL file or a JSON array. Raises RequestError naming file and row."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"cannot read the facts in {path}: {getattr(error, 'strerror', None) or error}") from None
-    facts = [_fact(path, number, row) for number, row in _rows(path, text)]
-    if not facts:
-        raise RequestError(f"expected facts in {path}, found none; write one {{prompt, subject, attribute}} a line.")
-    return facts
+    for number, row in _rows(path, text):
+        if not isinstance(row, dict):
+            raise RequestError(f"{path}, row {number}: expected an object, found {type(row).__name__}.")
+        yield number, row
 
 
 def _rows(path: str | Path, text: str) -> Iterator[tuple[int, Any]]:
@@ -72,9 +80,7 @@ def _rows(path: str | Path, text: str) -> Iterator[tuple[int, Any]]:
         yield from enumerate(value, 1) if whole else [(number, value)]
 
 
-def _fact(path: str | Path, number: int, row: Any) -> KnownFact:
-    if not isinstance(row, dict):
-        raise RequestError(f"{path}, row {number}: expected an object, found {type(row).__name__}.")
+def _fact(path: str | Path, number: int, row: dict[str, Any]) -> KnownFact:
     try:
         return KnownFact.of(row)
     except ValueError as error:  # RequestError and SubjectNotFoundError

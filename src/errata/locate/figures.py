@@ -36,7 +36,7 @@ def heat_map(traces: Sequence[Trace]) -> Figure:
         raise RequestError("expected one or more traces of one prompt to draw, found none or several prompts.")
     tokens, n_layers = traces[0].tokens, traces[0].restored.shape[1]
     width = 1.2 + max(2.6, 0.11 * n_layers)
-    figure = _figure(width * len(traces) + 1.2, 1.4 + 0.21 * len(tokens))
+    figure = new_figure(width * len(traces) + 1.2, 1.4 + 0.21 * len(tokens))
     figure.suptitle(_wrapped(traces[0].fact.prompt, 28 * len(traces)), parse_math=False, fontsize=10)
     panels = figure.subplots(1, len(traces), sharey=True, squeeze=False)[0]
     for axes, t in zip(panels, traces, strict=True):
@@ -64,7 +64,7 @@ def average_figure(averages: Sequence[Averages]) -> Figure:
     """
     if not averages:
         raise RequestError("expected averages to draw, found none.")
-    figure = _figure(1.2 + 3.6 * len(averages), 5.4)
+    figure = new_figure(1.2 + 3.6 * len(averages), 5.4)
     panels = figure.subplots(2, len(averages), squeeze=False, height_ratios=(2, 3))
     for column, a in enumerate(averages):
         upper, lower = panels[0, column], panels[1, column]
@@ -114,7 +114,7 @@ def format_of(path: str | Path) -> str:
     return kind
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure of so many inches, drawn by Agg."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
