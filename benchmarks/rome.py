@@ -28,8 +28,8 @@ import errata
 import errata.files
 from errata.atlas.probes import fact_of, paraphrases
 from errata.atlas.requests import counterfactual_requests
-from errata.atlas.world import World, link, load_world
-from errata.bench.singles import Question, alone, judge_singles
+from errata.atlas.world import Fact, World, link, load_world
+from errata.bench.singles import Metric, Question, alone, judge_singles
 from errata.bench.verify import environment
 from errata.editors import get_editor
 from errata.editors._weights import context_types, layer_index, statistics_of
@@ -49,7 +49,8 @@ def questions_of(world: World, requests: list[errata.EditRequest], seed: int) ->
         asked += [Question(request.id, "generalization", p, request.target_new) for p in paraphrases(world, fact, rng)]
         same = [f for f in world.by_relation[fact.relation] if f.split == fact.split and f.subject != fact.subject]
         own = [f for f in world.by_subject[link(fact.subject)] if f.relation != fact.relation]
-        for metric, facts in (("other_subjects", same), ("other_relations", own)):
+        beside: dict[Metric, list[Fact]] = {"other_subjects": same, "other_relations": own}
+        for metric, facts in beside.items():
             for other in rng.sample(facts, min(len(facts), OTHERS)):
                 prompt = rng.choice(paraphrases(world, other, rng, aliases=False))
                 asked.append(Question(request.id, metric, prompt))

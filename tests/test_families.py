@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import hooks_of, tiny_model
 from errata.edit import EditRequest
+from errata.editor import Editor
 from errata.editors.memit import MEMIT
 from errata.editors.rome import ROME
 from errata.export import export_merged, export_peft
 from errata.patch import load_patch
 
 QUICK = {"contexts": ("{}", "It was said. {}"), "statistics": None, "steps": 25, "kl": 0.0, "norm": 0.0, "clamp": 50.0}
-EDITORS = {"rome": ROME(layer=1, **QUICK), "memit": MEMIT(layers=(0, 1), lam=1e-3, **QUICK)}
+EDITORS: dict[str, Editor[Any]] = {"rome": ROME(layer=1, **QUICK), "memit": MEMIT(layers=(0, 1), lam=1e-3, **QUICK)}
 REQUESTS = [  # subjects that end their prompts and objects of one token: what a random model can be taught
     EditRequest(subject=subject, prompt="Go and see {}", target_new=new)
     for subject, new in (("France", "Paris"), ("Mount Everest", "the"))

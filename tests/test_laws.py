@@ -30,6 +30,7 @@ QUICK: dict[str, dict[str, Any]] = {  # settings that make a fit a matter of a t
     "memit": WEIGHTS | {"lam": 1.0},
     "emmet": WEIGHTS,
     "compmemit": WEIGHTS | {"lam": 1.0},
+    "steam": WEIGHTS,
 }
 CLOSED: dict[str, dict[str, Any]] = {"sake": {"radius": 1e-9}}  # nothing is in scope
 REQUESTS = (

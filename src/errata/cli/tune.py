@@ -91,7 +91,9 @@ def tune(
     else:
         layers = [{"layers": span} for span in spans_near(peak.layer, n_layers)]
     given = {pair.partition("=")[0].strip() for pair in settings or ()}
-    factors = {name: by for name, by in FACTORS[method.value].items() if name not in given and "lam" not in given}
+    factors: dict[str, Any] = {
+        name: by for name, by in FACTORS[method.value].items() if name not in given and "lam" not in given
+    }
     defaults = {name: getattr(fixed.config, name) for name in factors}
     strengths = around(defaults, factors)
     judge = _judge(loaded, tokenizer, fixed, asked, seed)

@@ -206,7 +206,7 @@ class _Write:
             start = len(found)
             values = search_values(
                 self.model, self.tokenizer, [jobs[i] for i in chosen], self.editor.config.search(top, "block"), own,
-                progress and (lambda done, _, start=start: progress(start + done, len(jobs))),
+                _counted(progress, start, len(jobs)),
             )  # fmt: skip
             found |= {i: (values, at) for at, i in enumerate(chosen)}
         return [found[i] for i in range(len(jobs))]
@@ -217,7 +217,7 @@ class _Write:
         flat, Z = [row for own in rows for row in own], torch.stack(list(z), 1)
         with adding(self.model, self.done):
             first = Z - self._states(rows)
-        residual, new = first, {}
+        residual, new = first, dict[int, Factors]()
         for j, layer in enumerate(self.layers):
             with adding(self.model, self.done | new):
                 keys = read_at_subject(self.model, flat, layer, "key").reshape(len(jobs), len(self.contexts), -1)
@@ -247,6 +247,11 @@ def refuse_contradictions(requests: Sequence[EditRequest]) -> None:
                 f"two requests of one batch contradict each other: {first.text!r} -> {first.target_new!r} ({first.id}) and "
                 f"{second.text!r} -> {second.target_new!r} ({second.id}) are about the same subject and relation; keep one"
             )
+
+
+def _counted(progress: Progress | None, start: int, total: int) -> Progress | None:
+    """Progress of a part of `total` jobs, behind `start` others."""
+    return progress and (lambda done, _: progress(start + done, total))
 
 
 def _shifted(progress: Progress | None, start: int, of: int, total: int) -> Progress | None:
