@@ -221,7 +221,8 @@ def test_out_of_scope_is_the_base(bench: Bench) -> None:
     if bench.method not in CLOSED:
         pytest.skip(f"{bench.method} declares no setting that closes its scope")
     plain = bench.logits()
-    patch = editor(bench.method, **CLOSED[bench.method]).fit(bench.model, bench.tokenizer, [REQUESTS[0]])
+    elsewhere = EditRequest(subject="Mount Everest", prompt="{} lies in", target_true="Nepal", target_new="Goa")
+    patch = editor(bench.method, **CLOSED[bench.method]).fit(bench.model, bench.tokenizer, [elsewhere])
     with patch.attach(bench.model, bench.tokenizer):
         assert torch.equal(bench.logits(), plain)
 

@@ -351,7 +351,7 @@ def test_edits_at_once_take_on_atlas(monkeypatch: pytest.MonkeyPatch) -> None:
     short = replace(corpus, read=lambda: list(corpus.read())[:400], revision=None)
     monkeypatch.setattr(_weights, "own_texts", lambda model: short)
     requests = counterfactual_requests(load_world(), 8, split="dev")
-    patch = errata.MEMIT(contexts=FIXED[:4]).fit(model, tokenizer, requests)
+    patch = errata.MEMIT.preset("atlas", contexts=FIXED[:4]).fit(model, tokenizer, requests)
     with patch.attach(model, tokenizer):
         answers = greedy_answers(model, tokenizer, [r.text for r in requests])
     assert sum(a == r.target_new for a, r in zip(answers, requests, strict=True)) >= 7
