@@ -14,7 +14,7 @@ STAMP  := $(VENV)/.installed
 
 # The lower end of the range of transformers in pyproject.toml, and the tests that touch its internals or the weights.
 TRANSFORMERS_OLDEST := transformers==4.57.*
-TESTS_OLDEST        := tests/test_anatomy.py tests/test_hooks.py tests/test_tokens.py tests/test_loading.py tests/test_steering.py tests/test_patch.py tests/test_sake.py
+TESTS_OLDEST        := tests/test_anatomy.py tests/test_hooks.py tests/test_tokens.py tests/test_loading.py tests/test_steering.py tests/test_patch.py tests/test_sake.py tests/test_value_search.py tests/test_low_rank.py tests/test_rome.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test slow check format bench atlas test-oldest clean

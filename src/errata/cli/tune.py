@@ -37,7 +37,7 @@ from errata.files import write_atomically
 EDITS = 40
 PARAPHRASES = 4  # of Atlas's, asked per edit: enough to rank trials
 # Multiples of the defaults that are tried.
-FACTORS = {
+FACTORS: dict[str, dict[str, Any]] = {
     "rome": {"clamp": (0.5, 2.0), "norm": (0.1, 10.0), "kl": (0.25, 4.0)},
     "memit": {"s0": (0.1, 0.3, 3.0, 10.0), "clamp": (0.5, 2.0), "norm": (0.1, 10.0)},
 }
@@ -91,9 +91,7 @@ def tune(
     else:
         layers = [{"layers": span} for span in spans_near(peak.layer, n_layers)]
     given = {pair.partition("=")[0].strip() for pair in settings or ()}
-    factors: dict[str, Any] = {
-        name: by for name, by in FACTORS[method.value].items() if name not in given and "lam" not in given
-    }
+    factors = {name: by for name, by in FACTORS[method.value].items() if name not in given and "lam" not in given}
     defaults = {name: getattr(fixed.config, name) for name in factors}
     strengths = around(defaults, factors)
     judge = _judge(loaded, tokenizer, fixed, asked, seed)

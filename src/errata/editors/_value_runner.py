@@ -24,7 +24,7 @@ from errata.editors._value_rows import Layout, Row, heads_of, pack
 from errata.model.anatomy import Anatomy, Site
 from errata.model.states import input_device
 
-CPU_TOKENS, OTHER_TOKENS = 512, 16384  # a step's padded tokens: on a CPU its activations should fit the caches
+CPU_TOKENS, OTHER_TOKENS = 1024, 16384  # a step's padded tokens: on a CPU its activations should fit the caches
 
 
 @dataclass(frozen=True, eq=False)
