@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -219,6 +220,8 @@ def test_generate_with_drafted_tokens(case: Case, handle: Handle) -> None:
     """Several tokens in one pass, some of them taken back: prompt lookup."""
     if "sliding_window" in case.model.config.to_dict() and case.model.config.sliding_window:
         pytest.skip("transformers does not crop sliding-window caches")
+    if transformers.__version__.startswith("4."):
+        pytest.skip("prompt lookup without an end token fails in transformers 4")
     row = len(PROMPTS)
     assert generate(case.model, [case.rows[row]], prompt_lookup_num_tokens=3)[0] == case.said[row]
 

@@ -70,6 +70,10 @@ def train_tokenizer(out: Path, seed: int) -> PreTrainedTokenizerFast:
         unk_token=END,
         pad_token=END,
         model_max_length=LONG,
+        model_input_names=[
+            "input_ids",
+            "attention_mask",
+        ],  # older transformers would add token types, which GPT-2 embeds
     )
     tokenizer.save_pretrained(out)
     return tokenizer
