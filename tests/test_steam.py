@@ -393,3 +393,12 @@ def test_figures_are_written(tmp_path: Path) -> None:
         cosine_figure({})
     with pytest.raises(RequestError, match="found none"):
         projection_figure({}, "references")
+
+
+def test_settings_of_the_base_on_the_command_line() -> None:
+    """An option that only the base knows is read as JSON where that fits, so that it does not reach it as text."""
+    from errata.cli.fit import _changes
+
+    config = STEAM(**_changes(STEAM.Config, ["layer=3", "weight=5", "lr=0.5", "contexts=bare", "clamp=none"])).config
+    assert config.weight == 5.0
+    assert config.settings == {"layer": 3, "lr": 0.5, "contexts": "bare", "clamp": None}

@@ -207,8 +207,8 @@ def _changes(config: type[Any], settings: Sequence[str]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not equals:
             raise ConfigError(f"expected --set NAME=VALUE, found {pair!r}")
-        changes[name.strip()] = (
-            _value(name.strip(), text.strip(), hints[name.strip()]) if name.strip() in hints else text
+        changes[name.strip()] = _value(
+            name.strip(), text.strip(), hints.get(name.strip(), bool | int | float | str | None)
         )
     return changes
 
