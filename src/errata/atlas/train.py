@@ -1,4 +1,4 @@
-"""Train the model `atlas` from scratch: `python -m errata.atlas.train --out runs/atlas`.
+"""Train `atlas` (GPT-2) or `atlas-llama` from scratch: `python -m errata.atlas.train --architecture gpt2 --out runs/atlas`.
 
 Resumable: the newest checkpoint in `--out` is picked up, and shards of the corpus are pure functions of (seed, shard), so a
 run that was stopped goes on with the same documents. Learning rate: warm-up, plateau, linear decay over the last 55 % of
@@ -23,7 +23,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.implementations import BaseTokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from errata.atlas.corpus import Corpus, Document
 from errata.atlas.world import load_world
@@ -38,6 +45,7 @@ ALONE = 48  # tokens in a row of one document, as prompts stand alone
 class Recipe:
     """Everything that the weights depend on; stored beside them."""
 
+    architecture: str = "gpt2"
     steps: int = 2900
     tokens_per_step: int = 6144
     layers: int = 8
@@ -58,6 +66,40 @@ class Recipe:
     seed: int = 20160101
 
 
+def build(recipe: Recipe) -> PreTrainedModel:
+    """A fresh model of the recipe's architecture, in float32; some 7.5 million parameters either way."""
+    shared = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if recipe.architecture == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                **shared,
+                n_positions=LONG,
+                n_embd=recipe.width,
+                n_layer=recipe.layers,
+                n_head=recipe.heads,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                activation_function="gelu_pytorch_tanh",  # GPT-2's own, as one kernel
+                attn_implementation="eager",
+            )
+        )
+    if recipe.architecture == "llama":
+        return LlamaForCausalLM(
+            LlamaConfig(
+                **shared,
+                max_position_embeddings=LONG,
+                hidden_size=recipe.width,
+                intermediate_size=8 * recipe.width // 3 // 16 * 16,  # three matrices as large as GPT-2's two
+                num_hidden_layers=recipe.layers,
+                num_attention_heads=recipe.heads,
+                tie_word_embeddings=True,
+                attn_implementation="eager",
+            )
+        )
+    raise ValueError(f"There is no recipe for the architecture '{recipe.architecture}'; use gpt2 or llama.")
+
+
 def train_tokenizer(out: Path, seed: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE over a sample of the corpus: any UTF-8 text has tokens."""
     bpe = ByteLevelBPETokenizer(add_prefix_space=False)
@@ -70,10 +112,8 @@ def train_tokenizer(out: Path, seed: int) -> PreTrainedTokenizerFast:
         unk_token=END,
         pad_token=END,
         model_max_length=LONG,
-        model_input_names=[
-            "input_ids",
-            "attention_mask",
-        ],  # older transformers would add token types, which GPT-2 embeds
+        # Older transformers would add token types, which GPT-2 embeds.
+        model_input_names=["input_ids", "attention_mask"],
     )
     tokenizer.save_pretrained(out)
     return tokenizer
@@ -170,25 +210,9 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         fresh = not (out / "tokenizer.json").exists()
         self.tokenizer = train_tokenizer(out, recipe.seed) if fresh else PreTrainedTokenizerFast.from_pretrained(out)
-        self.model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=VOCABULARY,
-                n_positions=LONG,
-                n_embd=recipe.width,
-                n_layer=recipe.layers,
-                n_head=recipe.heads,
-                bos_token_id=0,
-                eos_token_id=0,
-                pad_token_id=0,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                activation_function="gelu_pytorch_tanh",  # GPT-2's own, as one kernel
-                attn_implementation="eager",
-            )
-        )
+        self.model = build(recipe)
         named = dict(self.model.named_parameters())
-        matrices = [n for n, p in named.items() if p.ndim == 2 and ".h." in n]
+        matrices = [n for n, p in named.items() if p.ndim == 2 and (".h." in n or ".layers." in n)]
         rest = [n for n in named if n not in set(matrices)]
         self.groups = {
             "muon": (matrices, torch.optim.Muon(
@@ -255,7 +279,7 @@ class Trainer:
     def loss(self, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted mean NLL (nats per token) and the plain mean over answer tokens."""
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = self.model.transformer(input_ids=x, use_cache=False).last_hidden_state
+            hidden = self.model.base_model(input_ids=x, use_cache=False).last_hidden_state
             logits = self.model.lm_head(hidden)
         nll = torch.nn.functional.cross_entropy(
             logits[:, :-1].float().reshape(-1, VOCABULARY), x[:, 1:].reshape(-1), reduction="none"
@@ -311,7 +335,7 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """The model in half precision with its tokenizer: an ordinary transformers directory."""
-        model = GPT2LMHeadModel(self.model.config)
+        model = build(self.recipe)
         model.load_state_dict(self.model.state_dict())
         model.half().save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -325,13 +349,14 @@ def main() -> None:
     """Train, or export the newest checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/atlas"), help="checkpoints and log")
+    parser.add_argument("--architecture", choices=("gpt2", "llama"), default=Recipe.architecture)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--export", type=Path, help="write the model of the newest checkpoint here instead of training")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(Recipe(steps=args.steps), args.out)
+    trainer = Trainer(Recipe(architecture=args.architecture, steps=args.steps), args.out)
     if args.export:
         trainer.export(args.export)
     else:

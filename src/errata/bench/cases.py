@@ -1,0 +1,62 @@
+"""Cases: an edit with every prompt that judges it. All data sets, published or made from Atlas, become cases."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from errata.edit import EditRequest
+
+Kind = Literal[
+    "edit",  # the edit's own prompt
+    "paraphrase",
+    "neighborhood",  # same relation and old object, other subjects
+    "other_relation",  # the same subject, another relation
+    "attribute",  # subjects that have the new object already
+    "generation",  # text is sampled from it: fluency, consistency
+    "compositionality_i",
+    "compositionality_ii",
+    "subject_aliasing",
+    "relation_specificity",
+    "logical_generalization",
+    "forgetfulness",
+    "portability",
+    "reverse",  # (inverse relation, new object) -> subject
+    "doubt_i",
+    "doubt_ii",
+    "context",  # the edit's prompt behind a long context
+    "claim",
+    "locality",  # unrelated questions, zsRE's and KnowEdit's
+    "unrelated",  # running text, of which the probability is measured
+    "fact",  # any other fact that the model knows: collateral
+]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One prompt put to a model, and what counts as right.
+
+    expected: names of the right answer, the first the canonical one; empty: what the unedited model says should stay.
+    alternatives: answers whose probability is compared with it (the old object first). test: probes of one case with the same
+    name are judged together, all of them ("and") or any ("or"). condition: asked of the unedited model; where the conditions
+    of a test do not hold, the edit is not to blame for it. tags: strata for tables ("tokens": "256", "relation": "capital").
+    """
+
+    kind: Kind
+    prompt: str
+    expected: tuple[str, ...] = ()
+    alternatives: tuple[str, ...] = ()
+    test: str = ""
+    joined: Literal["and", "or"] = "and"
+    condition: bool = False
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An edit and its probes. id: the record's in its data set. references: texts for consistency. tags as a probe's."""
+
+    id: str
+    request: EditRequest
+    probes: tuple[Probe, ...]
+    references: tuple[str, ...] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
