@@ -78,7 +78,8 @@ def sample(
     """One text from each prompt, `length` tokens with it, drawn among the `top_k` likeliest; what is attached acts.
 
     The end-of-text token is drawn like any other, as published, and left out of the text. NFKD-normalised, paragraphs
-    joined. An attached context stands before the prompt and is left out. The global random state, the model and the tokenizer stay as they are. Raises RequestError for too long a text.
+    joined. An attached context stands before the prompt and is left out of the text. The global random state, the model and the
+    tokenizer stay as they are. Raises RequestError for too long a text.
     """
     said = asked(model, prompts)
     own, rows = token_ids(tokenizer, prompts), token_ids(tokenizer, said)
