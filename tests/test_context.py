@@ -152,7 +152,7 @@ def test_probes_are_asked_behind_contexts(model: Any, tokenizer: Any) -> None:
             assert row["passed"] == (told == prompt)
             continue
         [text] = greedy(model, tokenizer, [told], 20)
-        assert cut(text).startswith(cut(row["generated"])) or cut(row["generated"]) == cut(text)
+        assert cut(text).startswith(cut(row["generated"]).rstrip("\ufffd"))  # half a character at the limit
         if row["kind"] == "edit":
             [nll] = target_nll(model, tokenizer, [(told, "Tokyo")])
             assert row["p_expected"] == pytest.approx(exp(-nll), rel=1e-4) and row["passed"] == says(text, "Tokyo")
