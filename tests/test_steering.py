@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -25,6 +26,7 @@ from errata.model.states import states_at
 from errata.model.tokens import pad
 from errata.patch import Handle, Patch, attach_rows
 from errata.scope.gate import Gate, Pooling
+from errata.scope.recall import AGAIN, ASKED, kinds
 from errata.steering import Steering
 from errata.steering_table import SteeringTable
 
@@ -33,6 +35,7 @@ PROMPTS = ([11, 25, 301, 47], [90, 12, 55, 201, 33, 78], [5, 6, 7, 8, 9, 10, 11,
 TARGETS = ((70,), (180, 66), (180, 180, 99), (41, 300))  # 1 to 3 tokens; two begin alike; one stutters
 CLOSING: tuple[tuple[int, ...], ...] = ((), (13,), (), ())  # one ends with a further map that says a full stop
 FILLER = [21, 150, 22]
+AGAINS = ([21, 222], [333, 60, 222])  # asks again; asks something else first
 OUTSIDE = ([11, 25, 301, 48], [91, 12, 55, 201, 33, 78, 78, 3], [200, 100])  # two differ from a prompt in a token
 
 
@@ -64,34 +67,55 @@ def patch_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, parts: 
     return Patch("hand", {}, (), base_of(model, tokenizer), parts)
 
 
-def steps(model: PreTrainedModel, parts: tuple[Steering, ...], ids: list[int]) -> dict[int, tuple[Steering, int]]:
-    """Position -> (edit, step) by definition, from the plain model."""
+def steps(model: PreTrainedModel, parts: tuple[Steering, ...], ids: list[int]) -> dict[int, tuple[Steering, int, bool]]:
+    """Position -> (edit, step, recalled) by definition, from the plain model."""
     gates = {part.gate.digest: part.gate for part in parts}
     points = {digest: prefix_points(model, ids, gate) for digest, gate in gates.items()}
-    opened: list[Steering | None] = []
+    kind = kinds_of(model, ids, next(iter(gates.values()))) if gates else []
+    opened: list[Opened] = []
+    meant: Steering | None = None
     for i in range(len(ids)):
         far = [(float((points[p.gate.digest][i] - p.centre).norm()) / p.radius, p) for p in parts]
         nearest, part = min(far, key=lambda pair: pair[0], default=(2.0, None))
-        opened.append(part if nearest <= 1 else None)
-    chosen: dict[int, tuple[Steering, int]] = {}
+        if nearest <= 1:
+            meant = part
+        elif kind and kind[i] == ASKED and part is not meant:
+            meant = None
+        recalled = nearest > 1 and bool(kind) and kind[i] == AGAIN
+        opened.append((part, False) if nearest <= 1 else (meant, True) if recalled else (None, False))
+    chosen: dict[int, tuple[Steering, int, bool]] = {}
     for i in range(len(ids)):
         for t in range(i, -1, -1):  # an object under way goes before a new one
-            part = opened[i - t]
+            part, recalled = opened[i - t]
             if part is None or t >= len(part.maps) or tuple(ids[i - t + 1 : i + 1]) != part.target_ids[:t]:
                 continue
-            if t or not said_while_open(opened, part, ids, i):
-                chosen[i] = (part, t)
+            if t or not said_while_open(opened, (part, recalled), ids, i):
+                chosen[i] = (part, t, recalled)
             break
     return chosen
 
 
-def said_while_open(opened: list[Steering | None], part: Steering, ids: list[int], i: int) -> bool:
+Opened = tuple[Steering | None, bool]  # and whether it is only recalled
+
+
+def kinds_of(model: PreTrainedModel, ids: list[int], gate: Gate) -> list[int]:
+    """The kind of every position, from states read on their own; empty for a gate without cues."""
+    if gate.cues is None or gate.cue_layer is None:
+        return []
+    found: list[int] = kinds(
+        states_at(model, [ids], [list(range(len(ids)))], [gate.cue_layer])[gate.cue_layer][0], gate.cues
+    ).tolist()
+    return found
+
+
+def said_while_open(opened: list[Opened], part: Opened, ids: list[int], i: int) -> bool:
     """Whether the gate has been open at every position from the end of the edit's object to i."""
-    n = len(part.target_ids)
+    assert part[0] is not None
+    n = len(part[0].target_ids)
     return any(
-        opened[end - n] is part
-        and tuple(ids[end - n + 1 : end + 1]) == part.target_ids
-        and all(now is part for now in opened[end : i + 1])
+        opened[end - n] == part
+        and tuple(ids[end - n + 1 : end + 1]) == part[0].target_ids
+        and all(now == part for now in opened[end : i + 1])
         for end in range(n, i + 1)
     )
 
@@ -103,9 +127,9 @@ def oracle(model: PreTrainedModel, parts: tuple[Steering, ...], ids: list[int]) 
     def change(site: str | int) -> Any:
         def moved(hidden: Tensor) -> Tensor:
             hidden = hidden.clone()
-            for i, (part, t) in chosen.items():
+            for i, (part, t, recalled) in chosen.items():
                 if part.site == site:
-                    hidden[0, i] = part.maps[t](hidden[0, i])
+                    hidden[0, i] = part.maps[t].m_t if recalled else part.maps[t](hidden[0, i])
             return hidden
 
         return moved
@@ -124,8 +148,9 @@ def loop(logits: Any, row: list[int], n: int = NEW) -> list[int]:
 
 
 def build(
-    family: str, pooling: Pooling, layers: tuple[int, ...], site: str | int, depth: int = 2, **changes: Any
-) -> Case:
+    family: str, pooling: Pooling, layers: tuple[int, ...], site: str | int, depth: int = 2, cues: bool = False,
+    **changes: Any,
+) -> Case:  # fmt: skip
     model = tiny_model(family, layers=depth, **changes)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
@@ -136,16 +161,30 @@ def build(
                    for text, n in zip(later, (len(p) for p in PROMPTS), strict=False)]  # fmt: skip
     basis = torch.linalg.qr(torch.stack(differences).T, mode="complete").Q[:, len(differences) :]
     gate = replace(raw, mean=torch.full((len(basis),), 0.1), projection=basis)
+    asked_again = [
+        [*prompt, *target, *more] for prompt, target in zip(PROMPTS, TARGETS, strict=True) for more in AGAINS
+    ]
+    if cues:
+        gate = replace(gate, cues=some_cues(model, [*later, *asked_again, *OUTSIDE]), cue_layer=0)
     parts = tuple(
         steering_part(model, p, t, gate=gate, site=site, closing=c)
         for p, t, c in zip(PROMPTS, TARGETS, CLOSING, strict=True)
     )
-    rows = [*map(list, PROMPTS), *later, *map(list, OUTSIDE)]
+    rows = [*map(list, PROMPTS), *later, *(asked_again if cues else ()), *map(list, OUTSIDE)]
     said = [loop(lambda ids: oracle(model, parts, ids), row) for row in rows]
     plain = [loop(lambda ids: oracle(model, (), ids), row) for row in rows]
     full = [row + more for row, more in zip(rows, said, strict=True)]
     logits = [oracle(model, parts, ids) for ids in full]
     return Case(model, parts, rows, said, plain, logits, [sorted(steps(model, parts, ids)) for ids in full])
+
+
+def some_cues(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
+    """(d + 1, 3) a classifier for which, in these rows, one token asks again and another asks something."""
+    x = torch.cat(states_at(model, rows, [list(range(len(row))) for row in rows], [0])[0])
+    ids = [token for row in rows for token in row]
+    y = [AGAIN if token == AGAINS[0][-1] else ASKED if token == AGAINS[1][0] else 0 for token in ids]
+    found = LogisticRegression(C=100, max_iter=2000, class_weight="balanced").fit(x.numpy(), y)
+    return torch.cat([torch.from_numpy(found.coef_), torch.from_numpy(found.intercept_)[:, None]], 1).T.float()
 
 
 CASES: dict[str, tuple[Any, ...]] = {
@@ -157,6 +196,8 @@ CASES: dict[str, tuple[Any, ...]] = {
     "mistral-last": ("mistral", "last", (0,), "final", {"sliding_window": 6}),
     "gpt2-layer": ("gpt2", "last", (0,), 1, {"depth": 3}),
     "llama-layer": ("llama", "mean", (0, 1), 1, {"depth": 3}),
+    "gpt2-cues": ("gpt2", "last", (0,), "final", {"cues": True}),
+    "llama-cues": ("llama", "last", (0, 1), "final", {"cues": True}),
 }
 
 
@@ -195,6 +236,17 @@ def test_the_edits_are_worth_testing(case: Case) -> None:
         assert tuple(said[len(target) :][: len(target)]) != target  # and then steering has ended
     for row in case.outside:
         assert case.said[row] == case.plain[row]
+
+
+def test_an_answer_asked_for_again_is_given_again(case: Case) -> None:
+    """Behind its question and an objection; not where something else was asked in between."""
+    if case.parts[0].gate.cues is None:
+        pytest.skip("a gate without cues")
+    first = len(PROMPTS) + 2
+    for i, target in enumerate(TARGETS):
+        again, other = case.said[first + 2 * i : first + 2 * i + 2]
+        assert tuple(again[: len(target)]) == target
+        assert other == case.plain[first + 2 * i + 1]
 
 
 def test_uncached_loop(case: Case, handle: Handle) -> None:
@@ -307,7 +359,8 @@ def test_steering_ends_with_the_object(case: Case, tokenizer: PreTrainedTokenize
     """Nothing but the object's own positions is moved (an inner site's changes stay in the context of later ones)."""
     for row, ids in enumerate(case.full[: len(PROMPTS)]):
         start, length = len(case.rows[row]) - 1, len(case.parts[row].maps)
-        assert case.steered[row] == list(range(start, start + length))
+        steered = [i for i in case.steered[row] if i < start + length or case.parts[0].gate.cues is None]
+        assert steered == list(range(start, start + length))  # running text may by chance ask again behind it
         with torch.no_grad():
             plain = case.model(torch.tensor([ids]), use_cache=False).logits[0]
             with case.attach(tokenizer):
@@ -323,7 +376,7 @@ def test_rows_have_edits_of_their_own(
 ) -> None:
     """In each row one edit competes: its own, or one that is about another row's prompt; in one row none."""
     n, hooks = len(case.parts), hooks_of(case.model)
-    chosen = [0, 1, 3, 2, 0, 1, 2, 3, n]
+    chosen = ([0, 1, 3, 2, 0, 1, 2, 3, n] * 2)[: len(case.rows)]
     patches = [patch_of(case.model, tokenizer, (part,)) for part in case.parts]
     own = [case.parts[c : c + 1] for c in chosen]
     said = [
@@ -335,7 +388,9 @@ def test_rows_have_edits_of_their_own(
         monkeypatch.setattr(SteeringTable, "MEMORY", 1)
         assert generate(case.model, case.rows, max_new_tokens=3) == [text[:3] for text in said]
     same = [mine == all_ for mine, all_ in zip(said, case.said, strict=True)]
-    assert same == [True, True, False, False, *[True] * 5] and hooks_of(case.model) == hooks
+    assert hooks_of(case.model) == hooks
+    if case.parts[0].gate.cues is None:
+        assert same == [True, True, False, False, *[True] * 5]
 
 
 def test_forgetting_costs_a_pass_never_an_answer(case: Case, handle: Handle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,14 @@
 
 All steering edits on a model live in one `SteeringTable`. Position i of a row is steered by edit e at step t when
 `ids[i−t+1..i]` are the first t tokens of e's new object and the gate of e is open at position i − t; at step 0 not again
-while the gate stays open after the object has been said. All of this is a function of the row's ids up to i, so a cached
-step, a beam, a sampled row, a left-padded row and a whole uncached sequence agree. At the default site, the final norm's
-output, steering never reaches later positions' states. Edits compete within one site; where rows of a batch have patches of
-their own, each row's edits among themselves and with those that are loaded for all.
+while the gate stays open after the object has been said. Where a gate has cues (`scope.recall`), a position at which an
+answer is asked for again opens for the edit that the row's last question was about; its state says nothing about the fact,
+so it is replaced by the mean that the map leads to. (Such an opening is numbered len(active) + the edit's number.)
+
+All of this is a function of the row's ids up to i, so a cached step, a beam, a sampled row, a left-padded row and a whole
+uncached sequence agree. At the default site, the final norm's output, steering never reaches later positions' states. Edits
+compete within one site; where rows of a batch have patches of their own, each row's edits among themselves and with those
+that are loaded for all.
 
 Which positions are asked: every real position of the forward pass for activation gates. Encoder gates embed text, so they
 are asked where a next token is wanted: at each row's last position, and from the prompt's end on inside `prompts(lengths)`.
@@ -18,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +36,7 @@ from errata.model.room import check_room
 from errata.model.tokens import last_positions, pad, pad_id, token_ids
 from errata.scope.balls import CLOSED, groups
 from errata.scope.gate import Gate
+from errata.scope.recall import AGAIN, ASKED, kinds
 from errata.steering import Decision, Steering
 
 
@@ -46,10 +51,19 @@ class _Pass:
     states: dict[str | int, Tensor] = field(default_factory=dict)
     gated: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) edit whose gate is open, or CLOSED
     asked: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) whether every gate was asked
+    meant: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) edit of the last question, or CLOSED
     points: dict[str, Tensor] = field(default_factory=dict)  # gate's digest -> (B, k), where each row ends
     nearest: Tensor | None = None  # (B, T) index of the nearest edit, open or not
     distance: Tensor | None = None  # (B, T) distance to it
     closest: Tensor | None = None  # (B, T) the same in radii
+
+
+class _Remembered(NamedTuple):
+    """What is kept of a position: by site the edit that is open and the one that the last question was about; running sums."""
+
+    gated: dict[str | int, int]
+    meant: dict[str | int, int]
+    sums: dict[str | int, Tensor]
 
 
 class SteeringTable:
@@ -72,7 +86,7 @@ class SteeringTable:
         self._pending: Tensor | None = None
         self._lengths: Sequence[int] | None = None
         self._caches: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
-        self._memory: OrderedDict[bytes, tuple[dict[str | int, int], dict[str | int, Tensor]]] = OrderedDict()
+        self._memory: OrderedDict[bytes, _Remembered] = OrderedDict()
         self._encoders: dict[str, Any] = {}
         self._rebuild()
 
@@ -183,7 +197,9 @@ class SteeringTable:
         self._release()
         if not self.active:
             return
-        layers = dict.fromkeys(layer for _, balls in self._groups for layer in balls.gate.layers)
+        gates = [balls.gate for _, balls in self._groups]
+        layers = dict.fromkeys(layer for gate in gates for layer in gate.layers)
+        layers |= dict.fromkeys(gate.cue_layer for gate in gates if gate.cue_layer is not None)
         sites = {part.site for part in self.active}
         module = self.anatomy.module
         self._hooks.append(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -291,8 +307,11 @@ class SteeringTable:
             if len(real) and int(real[-1]) >= done.start:
                 column = int(real[-1])
                 sums = {layer: s[row, column - done.start] for layer, s in self._sums(done).items()}
-                edits = {site: int(gated[row, column - done.start]) for site, gated in done.gated.items()}
-                self._remember(self._key(done, row, column), edits, sums)
+                gated, meant = (
+                    {site: int(found[row, column - done.start]) for site, found in by_site.items()}
+                    for by_site in (done.gated, done.meant)
+                )
+                self._remember(self._key(done, row, column), _Remembered(gated, meant, sums))
 
     def _read(self, layer: str | int) -> Any:
         def hook(module: Any, args: Any, output: Any) -> None:
@@ -317,7 +336,9 @@ class SteeringTable:
                 groups.setdefault((edit, step), []).append((row, column))
             for (edit, step), places in groups.items():
                 rows, columns = (torch.tensor(x, device=hidden.device) for x in zip(*places, strict=True))
-                hidden[rows, columns] = self._map(edit, step, hidden.device)(hidden[rows, columns])
+                step_map = self._map(edit % len(self.active), step, hidden.device)
+                meant_again = edit >= len(self.active)
+                hidden[rows, columns] = step_map.m_t.to(hidden) if meant_again else step_map(hidden[rows, columns])
             return with_first_tensor(output, hidden)
 
         return hook
@@ -325,9 +346,12 @@ class SteeringTable:
     def _map(self, edit: int, step: int, device: torch.device) -> LinearMap:
         placed = self._placed.get((edit, step, device))
         if placed is None:
-            placed = self.active[edit].maps[step].to(torch.float32, device)
+            placed = self._part(edit).maps[step].to(torch.float32, device)
             self._placed[edit, step, device] = placed
         return placed
+
+    def _part(self, edit: int) -> Steering:
+        return self.active[edit % len(self.active)]
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 
@@ -359,7 +383,34 @@ class SteeringTable:
             best = torch.where(wins, score, best)
             gated = torch.where(wins, winner, gated)
         current.asked[site] = everywhere
-        current.gated[site] = torch.where(current.mask[:, current.start :], gated, CLOSED)
+        real = current.mask[:, current.start :]
+        current.gated[site] = torch.where(real, gated, CLOSED)
+        self._recalled(current, site, real)
+
+    def _recalled(self, current: _Pass, site: str | int, real: Tensor) -> None:
+        """Where an answer is asked for again, open for the edit that the last question was about."""
+        gated = current.gated[site]
+        cued = [b.gate for at, b in self._groups if at == site and b.gate.cues is not None]
+        if not cued or cued[0].cue_layer not in current.states or current.nearest is None:
+            current.meant[site] = torch.full_like(gated, CLOSED)
+            return
+        gate = cued[0]
+        assert gate.cues is not None and gate.cue_layer is not None
+        kind = kinds(current.states[gate.cue_layer], gate.cues).to(gated.device)
+        last = torch.full_like(gated[:, 0], CLOSED)
+        if current.start:
+            before = [self._recall(current, row, current.start - 1).meant[site] for row in range(len(gated))]
+            last = torch.tensor(before, device=gated.device)
+        meant = torch.empty_like(gated)
+        for column in range(
+            gated.shape[1]
+        ):  # another question closes what was meant, unless it is nearest to the same edit
+            other = (kind[:, column] == ASKED) & (current.nearest[:, column] != last) & real[:, column]
+            last = torch.where(gated[:, column].ge(0), gated[:, column], torch.where(other, CLOSED, last))
+            meant[:, column] = last
+        current.meant[site] = meant
+        again = (kind == AGAIN) & gated.eq(CLOSED) & meant.ne(CLOSED) & real
+        current.gated[site] = torch.where(again, meant + len(self.active), gated)
 
     def _points(self, current: _Pass, gate: Gate) -> tuple[Tensor | None, Tensor]:
         """The gate's points (B, T, k) and which columns were asked (B, T)."""
@@ -387,7 +438,7 @@ class SteeringTable:
             total = (states * current.mask[:, current.start :, None].to(states)).cumsum(1)
             if current.start:
                 before = torch.stack(
-                    [self._recall(current, row, current.start - 1)[1][layer] for row in range(len(total))]
+                    [self._recall(current, row, current.start - 1).sums[layer] for row in range(len(total))]
                 )
                 total = total + before[:, None].to(total)
             sums[layer] = total
@@ -451,11 +502,11 @@ class SteeringTable:
         place = {column: i for i, column in enumerate(real)}
         steps: dict[int, tuple[int, int]] = {}  # column -> (step, edit); the longest under way wins
         for column, edit in opened:
-            target = self.active[edit].target_ids
+            target = self._part(edit).target_ids
             for t, here in enumerate(real[place[column] : place[column] + len(target) + 1]):
                 if t and ids[here] != target[t - 1]:
                     break
-                if t < len(self.active[edit].maps) and (here not in steps or steps[here][0] < t):
+                if t < len(self._part(edit).maps) and (here not in steps or steps[here][0] < t):
                     steps[here] = (t, edit)
         return [(column, edit, t) for column, (t, edit) in steps.items()]
 
@@ -463,7 +514,7 @@ class SteeringTable:
         self, current: _Pass, site: str | int, row: int, column: int, edit: int, ids: list[int], real: list[int]
     ) -> bool:
         """Whether the edit's object has been said and its gate has stayed open since, so that it is not to be said again."""
-        target = self.active[edit].target_ids
+        target = self._part(edit).target_ids
         n, end = len(target), real.index(column)
         said = tuple(ids[c] for c in real[: end + 1])
         complete = [j for j in range(n, end + 1) if said[j - n + 1 : j + 1] == target]
@@ -479,7 +530,7 @@ class SteeringTable:
         here = column - current.start
         if here >= 0 and current.asked[site][row, here]:
             return int(current.gated[site][row, here])
-        return self._recall(current, row, column)[0][site]
+        return self._recall(current, row, column).gated[site]
 
     def _opened_before(
         self, current: _Pass, site: str | int, row: int, ids: list[int], real: list[int]
@@ -493,7 +544,7 @@ class SteeringTable:
         for i in range(max(0, len(past) - self._longest), len(past)):
             said = tuple(ids[column] for column in past[i + 1 :] + now[:1])
             if self._begins(row, said):
-                edit = self._recall(current, row, past[i])[0][site]
+                edit = self._recall(current, row, past[i]).gated[site]
                 if edit != CLOSED:
                     found.append((past[i], edit))
         return found
@@ -515,20 +566,21 @@ class SteeringTable:
         owner = self._owners[row].to_bytes(4) if self._owners else b""
         return hashlib.blake2b(owner + kept.cpu().numpy().tobytes(), digest_size=16).digest()
 
-    def _remember(self, key: bytes, edits: dict[str | int, int], sums: dict[str | int, Tensor]) -> None:
-        self._memory[key] = (edits, sums)
+    def _remember(self, key: bytes, found: _Remembered) -> None:
+        self._memory[key] = found
         self._memory.move_to_end(key)
         while len(self._memory) > max(self.MEMORY, len(self._owners)):  # a pass remembers each of its rows
             self._memory.popitem(last=False)
 
-    def _recall(self, current: _Pass, row: int, column: int) -> tuple[dict[str | int, int], dict[str | int, Tensor]]:
+    def _recall(self, current: _Pass, row: int, column: int) -> _Remembered:
         """The decision at an earlier position; recomputed without a cache if it was never made or is forgotten."""
         key = self._key(current, row, column)
         if key not in self._memory:
             kept = current.ids[row, : column + 1][current.mask[row, : column + 1]]
             if not len(kept):
                 closed: dict[str | int, int] = {part.site: CLOSED for part in self.active}
-                return closed, {la: torch.zeros(s.shape[-1], device=s.device) for la, s in current.states.items()}
+                sums = {la: torch.zeros(s.shape[-1], device=s.device) for la, s in current.states.items()}
+                return _Remembered(closed, closed, sums)
             outside = self._pending, self._lengths, self._nested
             self._pending, self._lengths, self._nested = None, None, True
             try:
@@ -561,7 +613,8 @@ class SteeringTable:
         decisions = []
         for row, column in enumerate((last_positions(done.mask) - done.start).tolist()):
             near = int(done.nearest[row, column])
-            opened = {int(gated[row, column]) for gated in done.gated.values()} - {CLOSED}
+            found = {int(gated[row, column]) for gated in done.gated.values()} - {CLOSED}
+            opened = {edit % len(self.active) for edit in found}
             edit = near if near in opened else min(opened, default=CLOSED)
             decisions.append(
                 Decision(

@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 from errata.atlas import render
 from errata.atlas.corpus import sealed_alias_mark
@@ -171,5 +172,21 @@ def scope_examples(world: World, split: Split = "dev", n: int | None = None, see
         held = [render.place("", c, subject) for c in held_clozes[:2]]
         held.append(render.lead(rng.choice(held_leads), rng.choice(held_clozes), subject))
         held.append(render.ask(rng.choice(held_frames), questions[0], subject))
-        examples.append(ScopeExample(tuple(fit), tuple(held)))
+        examples.append(ScopeExample(tuple(fit), tuple(held), fact.object))
     return examples
+
+
+def context_pieces(world: World, mark: Literal["fit", "probe"], n: int = 2000, seed: int = 0) -> dict[str, list[str]]:
+    """Sentences that long contexts are made of, by kind, each ready to stand before another text: ordinary sentences (half of
+    them for either mark), facts, and questions with their answers, in wordings of this mark.
+    """
+    rng = random.Random(seed)
+    facts = rng.sample(list(world.facts), min(n, len(world.facts)))
+    made: dict[str, list[str]] = {"filler": [f"{text} " for text in world.filler[mark == "probe" :: 2]]}
+    made["facts"], made["dialogue"] = [], []
+    for fact in facts:
+        phrasing = world.phrasings[fact.relation]
+        cloze, question = rng.choice(phrasing.cloze[mark]), rng.choice(phrasing.question[mark])
+        made["facts"].append(f"{render.place('', cloze, fact.subject)} {fact.object}. ")
+        made["dialogue"].append(f"User: {render.place('', question, fact.subject)} Assistant: {fact.object}.\n")
+    return made

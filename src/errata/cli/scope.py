@@ -56,7 +56,7 @@ def calibrate(
 
     Named errata-scope.safetensors in a model's directory, the file becomes that model's default gate.
     """
-    from errata.atlas.probes import scope_examples, unrelated_texts
+    from errata.atlas.probes import context_pieces, scope_examples, unrelated_texts
     from errata.atlas.world import load_world
     from errata.scope import calibrate as calibration
     from errata.scope.gate import save_gate
@@ -68,6 +68,9 @@ def calibrate(
         [example_of(r) for r in read_requests(requests)] if requests else scope_examples(load_world(), "dev", n, seed)
     )
     texts = unrelated_texts(load_world(), unrelated, seed + OTHER_TEXTS) if unrelated else []
+    contexts = (
+        context_pieces(load_world(), "fit", seed=seed) if is_atlas(model) else {"filler": [f"{t} " for t in texts]}
+    )
     loaded, tokenizer = load(model, dtype, device_map, threads)
     with err().status("calibrating") as status:
         outcomes = calibration.calibrate(
@@ -75,6 +78,7 @@ def calibrate(
             tokenizer,
             examples,
             texts,
+            contexts=None if encoder else contexts,
             candidates=calibration.encoder_candidates(encoder) if encoder else None,
             target_false_positive_rate=target,
             seed=seed,
@@ -118,6 +122,7 @@ def example_of(request: EditRequest) -> Any:
     return ScopeExample(
         fit=tuple(p for i, p in enumerate(prompts) if i % 3 != 2),
         held_out=tuple(p for i, p in enumerate(prompts) if i % 3 == 2),
+        answer=request.target_true or request.target_new,
     )
 
 

@@ -8,7 +8,7 @@ relation and other subject, or same subject and other relation), and every posit
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,20 +18,24 @@ from torch import Tensor
 from errata.errors import RequestError
 from errata.maths.discriminant import within_class_projection
 from errata.model.anatomy import Site, anatomy
+from errata.model.room import room
+from errata.model.tokens import token_ids
 from errata.scope.encoder import load_encoder
 from errata.scope.features import features
 from errata.scope.gate import Distance, Gate, Pooling
 from errata.scope.portions import Portions
+from errata.scope.recall import learn_cues
 
 LIMIT = 4096  # features of a prompt up to which all prompts' features are held at once, and covariances are dense
 
 
 @dataclass(frozen=True)
 class ScopeExample:
-    """One fact's prompts: those an edit would be fitted on, and held-out ones."""
+    """One fact's prompts: those an edit would be fitted on, and held-out ones. answer: its object, for cues."""
 
     fit: tuple[str, ...]
     held_out: tuple[str, ...]
+    answer: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Outcome:
     radii: dict[float, float]
 
 
+SHORT, UNBOUNDED, ROOM_LEFT = 24, 1024, 24  # tokens: shortest context, longest where a model sets no bound, kept free
+CUE_FACTS, CUE_TEXTS = 600, 120  # facts and unrelated texts that cues are learned from
 RATES = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02)
 
 
@@ -93,6 +99,7 @@ def calibrate(
     examples: Sequence[ScopeExample],
     unrelated: Sequence[str] = (),
     *,
+    contexts: Mapping[str, Sequence[str]] | None = None,
     candidates: Iterable[Candidate] | None = None,
     target_false_positive_rate: float = 0.01,
     seed: int = 0,
@@ -100,6 +107,10 @@ def calibrate(
     limit: int = LIMIT,
 ) -> list[Outcome]:
     """Outcomes of all candidates, best first; the first one's gate is the calibrated gate.
+
+    contexts: sentences by kind ("filler", "facts", ...), each ready to stand before another text. One prompt to fit and one
+    held-out prompt of each example then also stand behind so many of a kind that they reach up to all that the model has room
+    for: a prompt must be known behind anything.
 
     Models with up to `limit` features a prompt (d_model times the layers that candidates read) have all prompts'
     features in memory at once. Larger ones are read in portions (`scope.portions`): then at most 2·BUDGET bytes of
@@ -112,6 +123,8 @@ def calibrate(
         raise RequestError(
             "calibration needs at least 12 facts, each with prompts to fit and held-out prompts; give more fit_prompts"
         )
+    if contexts:
+        examples = _behind_contexts(model, tokenizer, examples, contexts, seed)
     split = _split(examples, seed)
     tried = list(candidates or default_candidates(anatomy(model).n_layers))
     outcomes = []
@@ -133,7 +146,53 @@ def calibrate(
             everything = features(model, tokenizer, [*split.fit, *split.held], layers, pooling)
             noise = features(model, tokenizer, unrelated, layers, pooling, every=True) if unrelated else None
         outcomes += _in_memory(everything, noise, split, group, layers, target_false_positive_rate, limit, progress)
-    return sorted(outcomes, key=lambda o: -o.in_scope_rate)
+    outcomes.sort(key=lambda o: -o.in_scope_rate)
+    best = outcomes[0].gate
+    if best.layers and best.pooling == "last" and best.distance != "linear":
+        progress("where questions end and answers are asked for again")
+        outcomes[0] = replace(outcomes[0], gate=_with_cues(model, tokenizer, best, examples, unrelated, seed))
+    return outcomes
+
+
+def _behind_contexts(
+    model: Any, tokenizer: Any, examples: Sequence[ScopeExample], contexts: Mapping[str, Sequence[str]], seed: int
+) -> list[ScopeExample]:
+    """Each example with one prompt to fit and one held-out prompt more, behind contexts of random kinds and lengths."""
+    rng = random.Random(seed)
+    pieces = [
+        list(zip(texts, map(len, token_ids(tokenizer, texts)), strict=True)) for texts in contexts.values() if texts
+    ]
+    longest = min(room(model) or UNBOUNDED, UNBOUNDED) - ROOM_LEFT
+
+    def behind(prompt: str) -> str:
+        own = len(token_ids(tokenizer, [prompt])[0])
+        wanted = int(SHORT * (max(longest, SHORT) / SHORT) ** rng.random()) - own  # log-uniform
+        before, kind = "", rng.choice(pieces)
+        while True:
+            text, n = rng.choice(kind)
+            if n > wanted:
+                return before + prompt
+            before, wanted = before + text, wanted - n - 1
+
+    return [
+        replace(e, fit=(*e.fit, behind(rng.choice(e.fit))), held_out=(*e.held_out, behind(rng.choice(e.held_out))))
+        for e in examples
+    ]
+
+
+def _with_cues(
+    model: Any, tokenizer: Any, gate: Gate, examples: Sequence[ScopeExample], unrelated: Sequence[str], seed: int
+) -> Gate:
+    """The gate with cues over its middle layer, if the examples have answers; each prompt is put beside another's answer."""
+    rng = random.Random(seed)
+    answers = [e.answer for e in examples if e.answer]
+    if len(answers) < 2:
+        return gate
+    chosen = rng.sample(list(examples), min(len(examples), CUE_FACTS))
+    pairs = [(rng.choice(e.fit), rng.choice(answers)) for e in chosen for _ in range(2)]
+    blocks = [layer for layer in gate.layers if layer != "final"] or list(gate.layers)
+    layer = blocks[(len(blocks) - 1) // 2]
+    return replace(gate, cues=learn_cues(model, tokenizer, pairs, unrelated[:CUE_TEXTS], layer, seed), cue_layer=layer)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class Gate:
     state) or `mean` (mean over the row up to it); encoder: name of a sentence encoder instead of layers; mean (D,) and
     projection (D, k): z = (x − mean) · projection, D = len(layers)·d_model; radius: the calibrated default radius.
     distance: `euclidean`, `cosine` (1 − cosine), or `linear` (−z·centre: the centre is a classifier's weight vector).
+    cues (d_model + 1, 3), cue_layer: what tells where a question ends and where an answer is asked for again (`scope.recall`).
     """
 
     layers: tuple[Site, ...] = ()
@@ -48,6 +49,8 @@ class Gate:
     projection: Tensor | None = None
     radius: float | None = None
     note: str = ""
+    cues: Tensor | None = None
+    cue_layer: Site | None = None
 
     def __post_init__(self) -> None:
         if bool(self.layers) == bool(self.encoder):
@@ -77,18 +80,19 @@ class Gate:
             "encoder": self.encoder,
             "radius": self.radius,
             "note": self.note,
+            **({"cue_layer": self.cue_layer} if self.cues is not None else {}),
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """The gate's tensors, on the CPU."""
-        named = {"mean": self.mean, "projection": self.projection}
+        named = {"mean": self.mean, "projection": self.projection, "cues": self.cues}
         return {name: t.cpu() for name, t in named.items() if t is not None}
 
     @classmethod
     def of(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Gate":
         """The gate of a header and its tensors."""
         fields = {**header, "layers": tuple(header["layers"])}
-        return cls(**fields, mean=tensors.get("mean"), projection=tensors.get("projection"))
+        return cls(**fields, **{name: tensors.get(name) for name in ("mean", "projection", "cues")})
 
     def points(self, x: Tensor) -> Tensor:
         """Raw features (…, D) as points (…, k), float32."""
