@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -27,7 +26,7 @@ import torch
 import transformers
 
 import errata
-from errata.bench.cases import Case, Probe
+from errata.bench.cases import Case
 from errata.bench.engines import Engine, LocalEngine, WorkerPlan
 from errata.bench.preset import Context, Method, Preset
 from errata.bench.rows import write_cases

@@ -36,7 +36,7 @@ def ask(
     """Ask a model, greedily; with steering patches, tell which edit the gate chose and how far the prompt was from it."""
     from errata.model.generate import cut, greedy
     from errata.model.tokens import wrapper
-    from errata.patch import load_patch
+    from errata.patch import decide, load_patch
 
     if not prompt.strip():
         raise EditError("the prompt is empty; give a text to be completed")
@@ -55,8 +55,8 @@ def ask(
         handles = [stack.enter_context(p.attach(loaded, tokenizer)) for p in patches]
         if handles:
             [text] = greedy(loaded, tokenizer, [text_asked], length)
-            if any(p.steering for p in patches):  # edits of weights have no scope to decide about
-                decision = _decision(patches, handles[-1].decide([text_asked])[0])
+            if decided := decide(loaded, [text_asked]):  # edits of weights have no scope to decide about
+                decision = _decision(patches, decided[0])
             conflicts = sorted({pair for handle in handles for pair in handle.conflicts})
     in_weights = {edit for p in patches for part in p.low_rank for edit in part.edits}
     for later, earlier in conflicts:
@@ -139,14 +139,16 @@ def show(
 
 
 def _edit(patch: Any, request: Any) -> dict[str, Any]:
-    """One edit's line: its steering parts (its own first, its implications after it) and its columns in weights.
+    """One edit's line: its steering parts (its own first, its implications after it), its columns in weights, its context.
 
     bytes: without the gate that edits share. rank: of each step's map, or the columns at each of `layers`; norm: Frobenius
     norm of the edit's own update of weights, over all layers, weight units.
     """
     parts = [part for part in patch.steering if part.edit == request.id]
     columns = [own for part in patch.low_rank if (own := part.only(request.id)) is not None]
-    size = sum(t.numel() * t.element_size() for part in (*parts, *columns) for t in part.tensors().values())
+    told = next((part for part in patch.context if part.edit == request.id), None)
+    every = (*parts, *columns, *((told,) if told else ()))
+    size = sum(t.numel() * t.element_size() for part in every for t in part.tensors().values())
     return {
         "id": request.id,
         "subject": request.subject,
@@ -154,12 +156,13 @@ def _edit(patch: Any, request: Any) -> dict[str, Any]:
         "prompt": request.text,
         "target_true": request.target_true,
         "target_new": request.target_new,
-        "kinds": sorted({part.kind for part in (*parts, *columns)}),
+        "kinds": sorted({part.kind for part in every}),
         "steps": len(parts[0].maps) if parts else None,
         "rank": [m.rank for m in parts[0].maps] if parts else [part.rank for part in columns],
         "bytes": size,
         "converged": patch.report.get(request.id, {}).get("converged"),
-        "radius": parts[0].radius if parts else None,
+        "radius": parts[0].radius if parts else told.radius if told else None,
+        "context": told.text if told else None,
         "n_implications": max(0, len(parts) - 1),
         "layers": [part.layer for part in columns],
         "sites": sorted({part.site for part in columns}),
