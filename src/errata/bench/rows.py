@@ -8,7 +8,8 @@ import difflib
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,7 @@ def read_rows(
     where: `column op value`, joined by `and`; see `condition`. Lists are tuples, tags a dict, what is missing NaN.
     Raises RecordError for a directory without rows or a damaged file, ConfigError for an unknown column or a bad `where`.
     """
-    return _read(Path(run) / "units", SCHEMA, where, columns, limit)
+    return read(Path(run) / "units", SCHEMA, where, columns, limit)
 
 
 def read_fits(run: str | Path, where: str | None = None, columns: Sequence[str] | None = None) -> "DataFrame":
@@ -117,7 +118,7 @@ def read_fits(run: str | Path, where: str | None = None, columns: Sequence[str] 
     folder = Path(run) / "fits"
     if not any(folder.glob("*.parquet")):
         return _frame(FITS.empty_table().select(_known(columns, FITS)))
-    return _read(folder, FITS, where, columns, None)
+    return read(folder, FITS, where, columns)
 
 
 def write_cases(run: str | Path, cases: Iterable[Case]) -> None:
@@ -170,10 +171,13 @@ def with_failed(rows: "DataFrame", fits: "DataFrame") -> "DataFrame":
     plain, present = rows[(rows["method"] == UNEDITED) & ~rows["condition"].astype(bool)], set(key)
     for method, cases in lost.groupby("method")["case"]:
         gone = {case for case in cases if (method, case) not in present}
-        own = rows.loc[rows["method"] == method, ["setting", "edits"]].drop_duplicates()
-        for setting, edits in own.itertuples(index=False) if len(own) else [("single", 0)]:
+        own = rows[rows["method"] == method]
+        gate = "" if own["gate"].notna().any() else None
+        # A sequence asks, at each checkpoint, the cases so far; the last checkpoint has them all.
+        places = own.groupby("setting")["edits"].max().items() if len(own) else [("single", 0)]
+        for setting, edits in places:
             stand_in = plain[plain["case"].isin(gone)]
-            parts.append(stand_in.assign(method=method, setting=setting, edits=edits, failed=True))
+            parts.append(stand_in.assign(method=method, setting=setting, edits=edits, gate=gate, failed=True))
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
 
@@ -298,21 +302,45 @@ def _unquoted(text: str) -> str:
 # -- between Arrow and pandas --------------------------------------------------------------------------------------------
 
 
-def _read(
-    folder: Path, schema: pa.Schema, where: str | None, columns: Sequence[str] | None, limit: int | None
+def read(
+    folder: Path,
+    schema: pa.Schema,
+    where: str | None = None,
+    columns: Sequence[str] | None = None,
+    limit: int | None = None,
 ) -> "DataFrame":
+    """The rows of all Parquet files of a folder, at most `limit`; see `read_rows`."""
+    wanted = _known(columns, schema)
+    with _readable(folder):
+        if limit is None:
+            return _frame(_dataset(folder, schema).to_table(columns=wanted, filter=_filter(where, schema)))
+        return _frame(_dataset(folder, schema).head(limit, columns=wanted, filter=_filter(where, schema)))
+
+
+def count(folder: Path, schema: pa.Schema, where: str | None = None) -> int:
+    """How many rows a folder's files have for which `where` holds."""
+    with _readable(folder):
+        return int(_dataset(folder, schema).count_rows(filter=_filter(where, schema)))
+
+
+def _filter(where: str | None, schema: pa.Schema) -> Any:
+    return condition(where, schema) if where is not None else None
+
+
+def _dataset(folder: Path, schema: pa.Schema) -> Any:
     import pyarrow.dataset as ds
 
     paths = sorted(str(path) for path in folder.glob("*.parquet") if not path.name.startswith("."))
     if not paths:
         raise RecordError(f"expected Parquet files in {folder}, found none; name the directory of a run that has begun")
-    wanted, chosen = _known(columns, schema), condition(where, schema) if where else None
+    return ds.dataset(paths, schema=schema, format="parquet")
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
     try:
-        found = ds.dataset(paths, schema=schema, format="parquet")
-        if limit is None:
-            return _frame(found.to_table(columns=wanted, filter=chosen))
-        return _frame(found.head(limit, columns=wanted, filter=chosen))
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OSError) as error:
         raise RecordError(f"cannot read the rows of {folder}: {str(error).splitlines()[0]}") from None
 
 
