@@ -69,7 +69,7 @@ class Table:
         """As Markdown: a heading, the table, the notes as a list."""
 
         def row(cells: Sequence[str]) -> str:
-            return f"| {' | '.join(cell.replace('|', r'\|').replace(chr(10), ' ') for cell in cells)} |"
+            return f"| {' | '.join(_escaped(cell) for cell in cells)} |"
 
         headings = self._headings()
         lines = [f"### {self.title}", "", row(headings), f"|{'---|' + '---:|' * (len(headings) - 1)}"]
@@ -284,6 +284,11 @@ def _mean(values: "np.ndarray[Any, np.dtype[np.float64]]", protocol: str, unit: 
 
 
 # -- cells ---------------------------------------------------------------------------------------------------------------
+
+
+def _escaped(text: str) -> str:
+    """For a cell of a Markdown table."""
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
 
 
 def _html_cell(cell: Cell, text: str) -> str:
