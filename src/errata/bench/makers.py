@@ -201,15 +201,19 @@ def _sentences(pieces: Pieces, kind: ContextKind, request: EditRequest, rng: ran
 
 def _filled(tokenizer: Any, texts: Sequence[str], length: int) -> str:
     """Sentences in order, as many as fit in so many tokens; shorter ones from further on fill what is left."""
-    chosen = ""
-    for start in range(0, len(texts), 64):
-        for text in texts[start : start + 64] if length > 0 else ():
-            longer = chosen + (text if text.endswith("\n") else f"{text} ")
-            if len(token_ids(tokenizer, [longer])[0]) <= length:
-                chosen = longer
-        if length - len(token_ids(tokenizer, [chosen])[0]) < SHORTEST:
+    chosen: list[str] = []
+    left = length
+    for start in range(0, len(texts) if length > 0 else 0, 64):
+        some = [text if text.endswith("\n") else f"{text} " for text in texts[start : start + 64]]
+        for text, ids in zip(some, token_ids(tokenizer, [f" {text}".rstrip(" ") for text in some]), strict=True):
+            if len(ids) <= left:
+                chosen.append(text)
+                left -= len(ids)
+        if left < SHORTEST:
             break
-    return chosen
+    while chosen and len(token_ids(tokenizer, ["".join(chosen)])[0]) > length:  # sentences may be longer side by side
+        chosen.pop()
+    return "".join(chosen)
 
 
 # -- reversed relations ------------------------------------------------------------------------------------------------------
