@@ -350,18 +350,12 @@ def test_rows_act_on_top_of_what_is_attached(llama: PreTrainedModel, tokenizer: 
 
 
 def test_what_rows_refuse(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    patch, steering = weight_patch(llama, tokenizer, "France"), steering_patch(llama, tokenizer)
-    with pytest.raises(UnsupportedPatchError, match="sake patch with steering parts for row 2"):
-        attach_rows(llama, tokenizer, [patch, steering]).__enter__()
+    patch = weight_patch(llama, tokenizer, "France")
     with pytest.raises(ConfigError, match="one patch for each row"):
         attach_rows(llama, tokenizer, []).__enter__()
-    with steering.attach(llama, tokenizer), pytest.raises(UnsupportedPatchError, match="detach it before"):
-        attach_rows(llama, tokenizer, [patch]).__enter__()
     with patch.attach(llama, tokenizer), pytest.raises(RequestError, match="attached to this model already"):
         attach_rows(llama, tokenizer, [None, patch]).__enter__()
     with attach_rows(llama, tokenizer, [patch]):
-        with pytest.raises(UnsupportedPatchError, match="leave the block"):
-            steering.attach(llama, tokenizer)
         with pytest.raises(RequestError, match="attached to this model already"):
             patch.attach(llama, tokenizer)
         with pytest.raises(ConfigError, match="attached already; leave that block"):

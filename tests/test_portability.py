@@ -22,17 +22,9 @@ from errata.bench.portability import (
     ripple_probes,
     target_nll,
 )
-from errata.bench.schemas import (
-    Answer,
-    CounterFactRecord,
-    PortabilityPrompt,
-    Rewrite,
-    RippleFact,
-    RippleQuery,
-    RippleRecord,
-    RippleTest,
-    Target,
-)
+from errata.bench.data.counterfact import CounterFactRecord, PortabilityPrompt, Rewrite, Target
+from errata.bench.data.records import Answer
+from errata.bench.data.ripple import RippleFact, RippleQuery, RippleRecord, RippleTest
 from errata.errors import RecordError
 from errata.model.tokens import continuation_ids, token_ids
 

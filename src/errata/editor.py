@@ -11,11 +11,11 @@ import torch
 
 from errata.edit import EditRequest
 from errata.errors import ConfigError, RequestError
+from errata.model.attached import without_patches
 from errata.model.room import check_room
 from errata.model.states import evaluating
 from errata.model.tokens import continuation_ids, subject_tokens, token_ids, wrapper
 from errata.patch import Patch
-from errata.steering_table import without_patches
 
 C = TypeVar("C")
 Progress = Callable[[int, int], None]

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from errata.errors import ConfigError, UnsupportedPatchError
 from errata.low_rank import LowRank, stacked
 from errata.low_rank_table import base_layer, places
-from errata.merge import merge, refuse_steering
+from errata.merge import merge, refuse_unwritable
 from errata.model.anatomy import submodule
 from errata.patch import Patch
 
@@ -119,7 +119,7 @@ def _by_module(patch: Patch, model: Any) -> dict[str, list[LowRank]]:
 
 
 def _refuse_empty(patch: Patch) -> None:
-    refuse_steering(patch, "exported")
+    refuse_unwritable(patch, "exported")
     if not patch.low_rank:
         raise UnsupportedPatchError(
             "the patch holds no weight update, so there is nothing to export; fit an edit first"

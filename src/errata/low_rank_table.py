@@ -22,9 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from errata.errors import AnatomyError, ConfigError, EditError, RequestError, ShapeError
 from errata.low_rank import LowRank, stacked
 from errata.model.anatomy import anatomy, submodule
+from errata.model.attached import ATTACHED, MERGED, STEERED
 from errata.model.hooks import first_tensor, with_first_tensor
-
-ATTACHED, MERGED, STEERED = "_errata_low_rank", "_errata_merged", "_errata_steering"  # where a model keeps its tables
 
 
 # -- modules -------------------------------------------------------------------------------------------------------------

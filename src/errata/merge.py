@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from errata.errors import UnsupportedPatchError
 from errata.low_rank import LowRank, stacked
-from errata.low_rank_table import MERGED, base_layer, forget_decisions, places, refuse_present
+from errata.low_rank_table import base_layer, forget_decisions, places, refuse_present
 from errata.model.anatomy import submodule
+from errata.model.attached import MERGED
 from errata.patch import Patch, check_fits
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -30,14 +31,19 @@ def merge(patch: Patch, model: Any, tokenizer: Any) -> "Merged":
     RequestError if one of its edits is attached or merged already, BaseMismatchError if it was fitted on another model.
     Nothing is written unless everything can be.
     """
-    refuse_steering(patch, "merged into weights")
+    refuse_unwritable(patch, "merged into weights")
     refuse_present(model, (edit for part in patch.low_rank for edit in part.edits))
     check_fits([patch], model, tokenizer)
     return Merged(patch, model)
 
 
-def refuse_steering(patch: Patch, what: str) -> None:
-    """Raise UnsupportedPatchError if the patch has steering parts. what: "merged into weights", "exported"."""
+def refuse_unwritable(patch: Patch, what: str) -> None:
+    """Raise UnsupportedPatchError if the patch has parts that no weights say. what: "merged into weights", "exported"."""
+    if patch.context:
+        raise UnsupportedPatchError(
+            f"a {patch.method} patch cannot be {what}: it is text that stands before prompts, and no weights say that; "
+            "attach it instead"
+        )
     if patch.steering:
         raise UnsupportedPatchError(
             f"a {patch.method} patch cannot be {what}: its steering parts map hidden states within their scope, and no "

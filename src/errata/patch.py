@@ -7,7 +7,7 @@ metadata. No pickle, no class path, no code. `to_bytes` and `from_bytes` are the
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,21 +19,23 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from errata.context import Context, ContextTable
 from errata.edit import EditRequest
-from errata.errors import PatchFormatError, RequestError, UnsupportedPatchError
+from errata.errors import PatchFormatError, RequestError
 from errata.files import write_atomically
 from errata.low_rank import LowRank
-from errata.low_rank_table import MERGED, STEERED, LowRankTable, refuse_present
+from errata.low_rank_table import LowRankTable, refuse_present
+from errata.model.attached import CONTEXT, MERGED, STEERED, asked, scoped
 from errata.model.fingerprint import check_base
 from errata.scope.gate import Gate
-from errata.steering import Decision, Steering
+from errata.steering import Decision, Steering, together
 from errata.steering_table import SteeringTable
 
 FORMAT_VERSION = 1
 # Readers of older files: MIGRATIONS[v] turns a header of version v into one of v + 1. Append only.
 MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = ()
-Part = Steering | LowRank
-KINDS: dict[str, type[Steering] | type[LowRank]] = {Steering.kind: Steering, LowRank.kind: LowRank}
+Part = Steering | LowRank | Context
+KINDS: dict[str, type[Part]] = {kind.kind: kind for kind in (Steering, LowRank, Context)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +73,11 @@ class Patch:
         return tuple(part for part in self.parts if isinstance(part, LowRank))
 
     @property
+    def context(self) -> tuple[Context, ...]:
+        """The context parts, in order."""
+        return tuple(part for part in self.parts if isinstance(part, Context))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
@@ -86,8 +93,22 @@ class Patch:
 
     # -- values from values ------------------------------------------------------------------------------------------
 
+    def only(self, edit: str) -> "Patch":
+        """The patch of one of the edits. Raises RequestError if there is no such edit.
+
+        It is what a fit of that edit by itself would have made only where edits are fitted independently.
+        """
+        at = self._index(edit)
+        kept = (part.only(edit) if isinstance(part, LowRank) else part for part in self.parts)
+        return replace(
+            self,
+            requests=(self.requests[at],),
+            parts=tuple(p for p in kept if p is not None and (isinstance(p, LowRank) or p.edit == edit)),
+            report={k: v for k, v in self.report.items() if k == edit},
+        )
+
     def without(self, edit: str) -> "Patch":
-        """The patch without one edit: its steering parts and its columns of low-rank parts go, every other stays as it is.
+        """The patch without one edit: its own parts and its columns of low-rank parts go, every other stays as it is.
 
         What a joint write solved for all its edits is not solved again. Raises RequestError if there is no such edit.
         """
@@ -136,7 +157,7 @@ class Patch:
         """Make the edits act on the model; no weight changes. The handle is a context manager; `detach` undoes it exactly.
 
         Raises BaseMismatchError if the patch was fitted on another model or tokenizer, RequestError if one of its weight
-        edits is in the model already, UnsupportedPatchError for steering parts while rows have patches of their own.
+        edits is in the model already, UnsupportedPatchError for a second edit whose context stands before every prompt.
         """
         refuse_present(model, _edits(self.low_rank))
         check_fits([self], model, tokenizer)
@@ -151,7 +172,7 @@ class Patch:
         return {name: t.detach().cpu().contiguous() for name, t in named.items()}
 
     def _gates(self) -> dict[str, Gate]:
-        return {part.gate.digest: part.gate for part in self.steering}
+        return {part.gate.digest: part.gate for part in (*self.steering, *self.context) if part.gate is not None}
 
     def header(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON values."""
@@ -293,20 +314,20 @@ class Handle:
 
     def __init__(self, patch: Patch, model: Any, tokenizer: Any):
         self.patch, self.model = patch, model
-        self._low_rank = LowRankTable.on(model)
-        if patch.steering and self._low_rank.by_row:
-            raise UnsupportedPatchError(
-                f"a {patch.method} patch steers every row of a batch, and here each row has a patch of its own; leave the "
-                "block of `attach_rows` first"
-            )
         weight_edits = _edits(patch.low_rank)
         keys = {i: r.key for i, r in zip(patch.ids, patch.requests, strict=True) if i in weight_edits}
-        conflicts = self._low_rank.add(self, patch.low_rank, keys) if patch.low_rank else []
+        self._low_rank, self._context = LowRankTable.on(model), ContextTable.on(model, tokenizer)
+        self._steering: SteeringTable | None = None
+        self.conflicts: list[tuple[str, str]] = []
         try:
+            if patch.low_rank:
+                self.conflicts += self._low_rank.add(self, patch.low_rank, keys)
+            if patch.context:
+                self.conflicts += self._context.add(self, patch.context)
             self._steering = SteeringTable.on(model, tokenizer)
-            self.conflicts = self._steering.add(self, patch.steering) + conflicts
+            self.conflicts = self._steering.add(self, patch.steering) + self.conflicts
         except BaseException:
-            self._low_rank.remove(self)
+            self.detach()
             raise
 
     def __enter__(self) -> "Handle":
@@ -318,40 +339,55 @@ class Handle:
     def detach(self) -> None:
         """Take this patch off; every other attachment stays."""
         self._low_rank.remove(self)
-        self._steering.remove(self)
+        self._context.remove(self)
+        if self._steering is not None:
+            self._steering.remove(self)
 
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
-        """What the loaded steering edits, all patches together, say about each prompt; low-rank edits have no scope."""
-        return self._steering.decide(prompts)
+        """What the loaded edits, all patches together, say about each prompt; low-rank edits have no scope.
+
+        Where prompts are both steered and given contexts, of the two decisions the one that is deeper in its scope.
+        """
+        return decide(self.model, prompts) or [Decision(None, None, float("inf"), float("nan")) for _ in prompts]
 
     @contextmanager
     def prompts(self, lengths: Sequence[int]) -> Iterator[None]:
         """Teacher forcing: inside, each row is a prompt of so many real tokens and a completion."""
+        assert self._steering is not None
         with self._steering.prompts(lengths):
             yield
 
 
+def decide(model: Any, prompts: Sequence[str]) -> list[Decision] | None:
+    """What the edits on a model say about each prompt: the deeper decision of steering and contexts; None if nothing has a scope."""
+    return together(
+        table.decide(asked(model, prompts)) if (table := scoped(model, STEERED)) is not None else None,
+        table.decide(prompts) if (table := scoped(model, CONTEXT)) is not None else None,
+    )
+
+
 @contextmanager
-def attach_rows(model: Any, tokenizer: Any, patches: Sequence[Patch | None]) -> Iterator[None]:
+def attach_rows(
+    model: Any, tokenizer: Any, patches: Sequence[Patch | None], *, check: bool = True
+) -> Iterator[None]:
     """Inside, every batch has len(patches) rows, and row i is edited by patches[i] only (None: by none).
 
-    What is attached to the whole model acts on every row as well. One patch may stand in several rows: where generation
-    repeats rows (beams, num_return_sequences), list each patch as often, one after another. A batch of another size is an
-    error. Raises as `Patch.attach` does, and UnsupportedPatchError where steering is involved: its decisions are remembered
-    by what a row says, which does not tell rows apart.
+    At the gates only a row's own edits compete, beside what is attached to the whole model, which acts on every row as well.
+    One patch may stand in several rows: where generation repeats rows (beams, num_return_sequences), list each patch as
+    often, one after another. A batch of another size is an error. check: compare the patches with the model; leave it out
+    where that was done. Raises as `Patch.attach` does.
     """
-    for i, patch in enumerate(patches, 1):
-        if patch is not None and patch.steering:
-            raise UnsupportedPatchError(
-                f"expected low-rank patches only, found a {patch.method} patch with steering parts for row {i}; it acts by "
-                "its scope: attach it to the whole model"
-            )
-    if STEERED in vars(model) and vars(model)[STEERED].active:
-        raise UnsupportedPatchError(
-            "a steering patch is attached to this model; detach it before attaching patches by row"
-        )
     found = [patch for patch in patches if patch is not None]
     refuse_present(model, {edit for patch in found for edit in _edits(patch.low_rank)})
-    check_fits(found, model, tokenizer)
-    with LowRankTable.on(model).rows([patch.low_rank if patch is not None else () for patch in patches]):
+    if check:
+        check_fits(found, model, tokenizer)
+    first: dict[int, int] = {}
+    owners = [first.setdefault(id(patch), row) for row, patch in enumerate(patches)]
+    with ExitStack() as stack:
+        stack.enter_context(LowRankTable.on(model).rows([p.low_rank if p is not None else () for p in patches]))
+        steering = [p.steering if p is not None else () for p in patches]
+        stack.enter_context(SteeringTable.on(model, tokenizer).rows(steering, owners))
+        if any(p.context for p in found):
+            contexts = [p.context if p is not None else () for p in patches]
+            stack.enter_context(ContextTable.on(model, tokenizer).rows(contexts))
         yield

@@ -3,7 +3,9 @@
 A part is a value; how parts act on a model is `errata.steering_table`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from torch import Tensor
@@ -79,9 +81,25 @@ class Steering:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the table says about one prompt: the edit that it concerns (None: no edit), the nearest edit and how far it was."""
+    """What the table says about one prompt: the edit that it concerns (None: no edit), the nearest edit and how far it was.
+
+    distance and radius are the nearest edit's; own: the distance to an edit that was asked about. All in the gate's unit.
+    """
 
     edit: str | None
     nearest: str | None
     distance: float
     radius: float
+    own: float | None = None
+
+    @property
+    def depth(self) -> tuple[bool, float]:
+        """What decisions are ordered by: those inside a scope first, then by distance in radii."""
+        far = self.distance / self.radius if self.radius and isfinite(self.distance) else float("inf")
+        return self.edit is None, far
+
+
+def together(*made: Sequence[Decision] | None) -> list[Decision] | None:
+    """Of decisions about the same prompts, the deepest about each; None if there are none."""
+    found = [decisions for decisions in made if decisions is not None]
+    return [min(same, key=lambda d: d.depth) for same in zip(*found, strict=True)] if found else None

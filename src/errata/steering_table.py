@@ -13,8 +13,8 @@ are asked where a next token is wanted: at each row's last position, and from th
 import hashlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -25,13 +25,13 @@ from torch import Tensor
 from errata.errors import ConfigError, EditError
 from errata.maths.transport import LinearMap
 from errata.model.anatomy import anatomy
+from errata.model.attached import STEERED
 from errata.model.hooks import first_tensor, with_first_tensor
 from errata.model.room import check_room
-from errata.model.tokens import token_ids
+from errata.model.tokens import last_positions, pad, pad_id, token_ids
+from errata.scope.balls import CLOSED, groups
 from errata.scope.gate import Gate
 from errata.steering import Decision, Steering
-
-CLOSED = -1
 
 
 @dataclass
@@ -45,14 +45,10 @@ class _Pass:
     states: dict[str | int, Tensor] = field(default_factory=dict)
     gated: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) edit whose gate is open, or CLOSED
     asked: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) whether every gate was asked
+    points: dict[str, Tensor] = field(default_factory=dict)  # gate's digest -> (B, T, k)
     nearest: Tensor | None = None  # (B, T) index of the nearest edit, open or not
     distance: Tensor | None = None  # (B, T) distance to it
     closest: Tensor | None = None  # (B, T) the same in radii
-
-    def key(self, row: int, column: int) -> bytes:
-        """Content address of a row's real ids up to and including a column."""
-        kept = self.ids[row, : column + 1][self.mask[row, : column + 1]]
-        return hashlib.blake2b(kept.cpu().numpy().tobytes(), digest_size=16).digest()
 
 
 class SteeringTable:
@@ -64,6 +60,8 @@ class SteeringTable:
         self.model, self.tokenizer = model, tokenizer
         self.anatomy = anatomy(model)
         self._entries: OrderedDict[object, tuple[Steering, ...]] = OrderedDict()
+        self._rows: list[tuple[Steering, ...]] | None = None
+        self._owners: tuple[int, ...] = ()
         self._hooks: list[Any] = []
         self._prepare: Any = None
         self._own_prepare: Any = None
@@ -82,15 +80,15 @@ class SteeringTable:
     @classmethod
     def on(cls, model: Any, tokenizer: Any) -> "SteeringTable":
         """The model's table; made if there is none."""
-        table = model.__dict__.get("_errata_steering")
+        table = vars(model).get(STEERED)
         if table is None:
             table = cls(model, tokenizer)
-            model.__dict__["_errata_steering"] = table
+            vars(model)[STEERED] = table
         return table
 
     def add(self, owner: object, parts: Sequence[Steering]) -> list[tuple[str, str]]:
         """Load edits under an owner; returns (edit, earlier edit that it overrides) for equal subject and relation."""
-        active = {part.key: part.edit for part in self.active}
+        active = {part.key: part.edit for part in _winners(self._loaded())}
         conflicts: dict[tuple[str, str], None] = {}
         for part in parts:
             if active.get(part.key, part.edit) != part.edit:
@@ -123,34 +121,55 @@ class SteeringTable:
         self._entries.pop(owner, None)
         self._rebuild()
         self._install()
-        if not self._entries:
-            self.model.__dict__.pop("_errata_steering", None)
+        self._leave()
+
+    def _leave(self) -> None:
+        if not self._entries and self._rows is None:
+            vars(self.model).pop(STEERED, None)
+
+    @contextmanager
+    def rows(self, rows: Sequence[Sequence[Steering]], owners: Sequence[int]) -> Iterator[None]:
+        """Inside, every batch has len(rows) rows, and in row i the edits rows[i] compete beside those loaded for all.
+
+        owners: a number for each row, equal where rows have the same patch, weights' updates included: decisions are
+        remembered by it. Raises ConfigError for a gate that reads above the layer that is steered.
+        """
+        try:
+            self._rows, self._owners = [tuple(row) for row in rows], tuple(owners)
+            self._refuse_late_gates([part for row in rows for part in row])
+            self._rebuild()
+            self._install()
+            yield
+        finally:
+            self._rows, self._owners = None, ()
+            self._rebuild()
+            self._install()
+            self._leave()
+
+    @property
+    def scoped(self) -> bool:
+        """Whether an edit is loaded; all of them have a scope."""
+        return bool(self.active)
+
+    def _loaded(self) -> list[Steering]:
+        return [part for parts in self._entries.values() for part in parts]
 
     def _rebuild(self) -> None:
-        winners: dict[str, Steering] = {}
-        for parts in self._entries.values():
-            for part in parts:
-                loser = winners.pop(part.key, part)
-                if loser.edit != part.edit:  # what followed from the overridden object does not follow any more
-                    winners = {key: p for key, p in winners.items() if p.edit != loser.edit}
-                winners[part.key] = part
-        self.active: list[Steering] = list(winners.values())
-        groups: dict[tuple[str | int, str], list[int]] = {}
-        for i, part in enumerate(self.active):
-            groups.setdefault((part.site, part.gate.digest), []).append(i)
+        whole = self._loaded()
+        rows = [_winners(whole)] if self._rows is None else [_winners([*whole, *row]) for row in self._rows]
+        self.active: list[Steering] = list(dict.fromkeys(part for row in rows for part in row))
+        index = {part: i for i, part in enumerate(self.active)}
         self._groups = [
-            (
-                self.active[members[0]].site,
-                self.active[members[0]].gate,
-                torch.tensor(members),
-                torch.stack([self.active[i].centre.float() for i in members]),
-                torch.tensor([self.active[i].radius for i in members]),
-            )
-            for members in groups.values()
+            (site, balls)
+            for site in dict.fromkeys(part.site for part in self.active)
+            for balls in groups([[part for part in row if part.site == site] for row in rows], index)
         ]
-        self._by_first: dict[int, list[Steering]] = {}
-        for part in self.active:
-            self._by_first.setdefault(part.target_ids[0], []).append(part)
+        self._by_first: list[dict[int, list[Steering]]] = []  # by row, as the groups are
+        for row in rows:
+            first: dict[int, list[Steering]] = {}
+            for part in row:
+                first.setdefault(part.target_ids[0], []).append(part)
+            self._by_first.append(first)
         self._longest = max((len(p.target_ids) for p in self.active), default=0)
         self._memory.clear()
         self._placed: dict[tuple[int, int, torch.device], LinearMap] = {}
@@ -163,7 +182,7 @@ class SteeringTable:
         self._release()
         if not self.active:
             return
-        layers = dict.fromkeys(layer for _, gate, *_ in self._groups for layer in gate.layers)
+        layers = dict.fromkeys(layer for _, balls in self._groups for layer in balls.gate.layers)
         sites = {part.site for part in self.active}
         module = self.anatomy.module
         self._hooks.append(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -267,7 +286,7 @@ class SteeringTable:
                 column = int(real[-1])
                 sums = {layer: s[row, column - done.start] for layer, s in self._sums(done).items()}
                 edits = {site: int(gated[row, column - done.start]) for site, gated in done.gated.items()}
-                self._remember(done.key(row, column), edits, sums)
+                self._remember(self._key(done, row, column), edits, sums)
 
     def _read(self, layer: str | int) -> Any:
         def hook(module: Any, args: Any, output: Any) -> None:
@@ -315,28 +334,23 @@ class SteeringTable:
         if current.nearest is None or current.distance is None or current.closest is None:
             current.nearest, current.distance, current.closest = gated.clone(), best.clone(), best.clone()
         everywhere = torch.ones_like(gated, dtype=torch.bool)
-        for where_used, gate, members, centres, radii in self._groups:
+        for where_used, balls in self._groups:
             if where_used != site:
                 continue
-            points, asked = self._points(current, gate)
+            points, asked = self._points(current, balls.gate)
             if points is None:
                 continue
             everywhere = everywhere & asked
-            far = gate.distances(points, centres.to(points.device)).to(device)
-            radii, members = radii.to(device), members.to(device)
-            inside, relative = far <= radii, -gate.margins(far, radii)  # comparable over all gates
-            order = relative if gate.distance == "linear" else far
-            where = order.argmin(-1)
-            near = far.gather(-1, where[..., None])[..., 0]
-            nearer = asked & (relative.gather(-1, where[..., None])[..., 0] < current.closest)
-            current.closest = torch.where(nearer, relative.gather(-1, where[..., None])[..., 0], current.closest)
-            current.nearest = torch.where(nearer, members[where], current.nearest)
-            current.distance = torch.where(nearer, near, current.distance)
-            near, where = order.masked_fill(~inside, float("inf")).min(-1)
-            score = relative.gather(-1, where[..., None])[..., 0]
-            wins = asked & near.isfinite() & (score < best)
+            current.points[balls.gate.digest] = points
+            found = balls.closest(points)
+            near, distance, depth, winner, score = (x.to(device) for x in found)
+            nearer = asked & (depth < current.closest)
+            current.closest = torch.where(nearer, depth, current.closest)
+            current.nearest = torch.where(nearer, near, current.nearest)
+            current.distance = torch.where(nearer, distance, current.distance)
+            wins = asked & (score < best)
             best = torch.where(wins, score, best)
-            gated = torch.where(wins, members[where], gated)
+            gated = torch.where(wins, winner, gated)
         current.asked[site] = everywhere
         current.gated[site] = torch.where(current.mask[:, current.start :], gated, CLOSED)
 
@@ -359,7 +373,7 @@ class SteeringTable:
 
     def _sums(self, current: _Pass, only: str | int | None = None) -> dict[str | int, Tensor]:
         """Running sums (B, T, d) of the layers that a mean-pooling gate reads, the cached positions included."""
-        layers = {la for _, gate, *_ in self._groups if gate.pooling == "mean" for la in gate.layers}
+        layers = {la for _, b in self._groups if b.gate.pooling == "mean" for la in b.gate.layers}
         sums = {}
         for layer in layers if only is None else {only}:
             states = current.states[layer].float()
@@ -384,7 +398,7 @@ class SteeringTable:
             wanted = set(range(max(0, first), len(real)))
             for i in list(wanted):  # where an object that may be under way there would have begun
                 steps = range(1, min(i, self._longest) + 1)
-                wanted |= {i - t for t in steps if self._begins(tuple(said[i - t + 1 : i + 1]))}
+                wanted |= {i - t for t in steps if self._begins(row, tuple(said[i - t + 1 : i + 1]))}
             for column in real[sorted(wanted)].tolist():
                 if column >= current.start:
                     places.append((row, column - current.start))
@@ -471,21 +485,28 @@ class SteeringTable:
             return []
         for i in range(max(0, len(past) - self._longest), len(past)):
             said = tuple(ids[column] for column in past[i + 1 :] + now[:1])
-            if self._begins(said):
+            if self._begins(row, said):
                 edit = self._recall(current, row, past[i])[0][site]
                 if edit != CLOSED:
                     found.append((past[i], edit))
         return found
 
-    def _begins(self, said: tuple[int, ...]) -> bool:
-        """Whether some object begins with these tokens."""
-        return any(part.target_ids[: len(said)] == said for part in self._by_first.get(said[0], ()))
+    def _begins(self, row: int, said: tuple[int, ...]) -> bool:
+        """Whether some object of a row's edits begins with these tokens."""
+        own = self._by_first[row if self._rows is not None else 0]
+        return any(part.target_ids[: len(said)] == said for part in own.get(said[0], ()))
 
     # -- memory of earlier positions ---------------------------------------------------------------------------------
 
     def forget(self) -> None:
         """Forget every decision: the states that gates read are other ones from now on."""
         self._memory.clear()
+
+    def _key(self, current: _Pass, row: int, column: int) -> bytes:
+        """Content address of a decision: a row's real ids up to and including a column, and whose edits the row has."""
+        kept = current.ids[row, : column + 1][current.mask[row, : column + 1]]
+        owner = self._owners[row].to_bytes(4) if self._owners else b""
+        return hashlib.blake2b(owner + kept.cpu().numpy().tobytes(), digest_size=16).digest()
 
     def _remember(self, key: bytes, edits: dict[str | int, int], sums: dict[str | int, Tensor]) -> None:
         self._memory[key] = (edits, sums)
@@ -495,7 +516,7 @@ class SteeringTable:
 
     def _recall(self, current: _Pass, row: int, column: int) -> tuple[dict[str | int, int], dict[str | int, Tensor]]:
         """The decision at an earlier position; recomputed without a cache if it was never made or is forgotten."""
-        key = current.key(row, column)
+        key = self._key(current, row, column)
         if key not in self._memory:
             kept = current.ids[row, : column + 1][current.mask[row, : column + 1]]
             if not len(kept):
@@ -504,44 +525,63 @@ class SteeringTable:
             outside = self._pending, self._lengths, self._nested
             self._pending, self._lengths, self._nested = None, None, True
             try:
-                with torch.no_grad():
-                    self.model(input_ids=kept[None], use_cache=False)
+                with torch.no_grad():  # by rows: all of them, each with its own edits, as a batch must have its rows
+                    self.model(input_ids=kept.expand(len(self._owners) or 1, -1), use_cache=False)
             finally:
                 self._pending, self._lengths, self._nested = outside
         return self._memory[key]
 
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
-        """What the table says about each prompt, read at its last token."""
-        decisions = []
+        """What the table says about each prompt, read at its last token; where rows have patches, one prompt for each row."""
         if not self.active:
             return [Decision(edit=None, nearest=None, distance=float("inf"), radius=float("nan")) for _ in prompts]
-        for prompt in prompts:
-            rows = token_ids(self.tokenizer, [prompt])
-            check_room(self.model, rows, [prompt])
-            ids = torch.tensor(rows, device=self.model.device)
+        ids = token_ids(self.tokenizer, prompts)
+        check_room(self.model, ids, prompts)
+        found = []
+        for rows in [ids] if self._rows is not None else [[row] for row in ids]:
+            batch = pad(rows, pad_id(self.tokenizer), self.model.device, "left")
             with torch.no_grad():
-                self.model(input_ids=ids, use_cache=False)
-            done = self._last
-            assert done is not None and done.nearest is not None and done.distance is not None
-            near = int(done.nearest[0, -1])
-            opened = {int(gated[0, -1]) for gated in done.gated.values()} - {CLOSED}
+                self.model(**batch.inputs(self.model), use_cache=False)
+            found += self.decided()
+        return found
+
+    def decided(self, own: Sequence[str] | None = None) -> list[Decision]:
+        """What was decided in the latest forward pass at each row's last real token. own: an edit for each row, whose own
+        scope's distance is wanted.
+        """
+        done = self._last
+        assert done is not None and done.nearest is not None and done.distance is not None
+        decisions = []
+        for row, column in enumerate((last_positions(done.mask) - done.start).tolist()):
+            near = int(done.nearest[row, column])
+            opened = {int(gated[row, column]) for gated in done.gated.values()} - {CLOSED}
             edit = near if near in opened else min(opened, default=CLOSED)
             decisions.append(
                 Decision(
                     edit=self.active[edit].edit if edit != CLOSED else None,
                     nearest=self.active[near].edit if near != CLOSED else None,
-                    distance=float(done.distance[0, -1]),
+                    distance=float(done.distance[row, column]),
                     radius=self.active[near].radius if near != CLOSED else float("nan"),
+                    own=self._distance(done, row, column, own[row]) if own else None,
                 )
             )
         return decisions
 
+    def _distance(self, done: _Pass, row: int, column: int, edit: str) -> float | None:
+        """How far a position is from the scope of an edit itself, which is the first of its parts; None if it is not here."""
+        part = next((p for p in self.active if p.edit == edit), None)
+        points = done.points.get(part.gate.digest) if part else None
+        if part is None or points is None:
+            return None
+        return float(part.gate.distances(points[row, column][None], part.centre.float()[None]))
 
-@contextmanager
-def without_patches(model: Any) -> Iterator[None]:
-    """Inside, attached patches of every kind do nothing."""
-    with ExitStack() as stack:
-        for name in ("_errata_steering", "_errata_low_rank"):
-            if (table := model.__dict__.get(name)) is not None:
-                stack.enter_context(table.suspended())
-        yield
+
+def _winners(parts: Iterable[Steering]) -> list[Steering]:
+    """The parts that act: a later one overrides an earlier one of its key, with all that followed from that one's edit."""
+    winners: dict[str, Steering] = {}
+    for part in parts:
+        loser = winners.pop(part.key, part)
+        if loser.edit != part.edit:
+            winners = {key: p for key, p in winners.items() if p.edit != loser.edit}
+        winners[part.key] = part
+    return list(winners.values())

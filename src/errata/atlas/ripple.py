@@ -23,7 +23,8 @@ from errata.atlas import render
 from errata.atlas.probes import fact_of, normal
 from errata.atlas.requests import request_for
 from errata.atlas.world import OBJECT_TYPE, SECOND_HOPS, Fact, World, link
-from errata.bench.schemas import Answer, RippleEdit, RippleFact, RippleQuery, RippleRecord, RippleTest
+from errata.bench.data.records import Answer
+from errata.bench.data.ripple import RippleEdit, RippleFact, RippleQuery, RippleRecord, RippleTest
 from errata.edit import EditRequest
 from errata.errors import RecordError
 

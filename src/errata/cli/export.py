@@ -44,11 +44,11 @@ def export(
     anything that loads the model. Weights keep the dtype in which they are stored, unless --dtype says otherwise.
     """
     from errata.export import adapter_rank, export_merged, export_peft, vllm_command
-    from errata.merge import refuse_steering
+    from errata.merge import refuse_unwritable
     from errata.patch import check_fits, load_patch
 
     found = load_patch(patch)
-    refuse_steering(found, "exported")  # before a model is loaded for nothing
+    refuse_unwritable(found, "exported")  # before a model is loaded for nothing
     loaded, tokenizer = load(model, dtype or "auto", device_map, threads)
     value = {"out": str(out_path), "format": format.value, "patch": found.id, "model": model, "n_edits": len(found)}
     rank, command, reason = None, None, None

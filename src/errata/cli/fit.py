@@ -297,7 +297,7 @@ def fit_resumably(
     """
     patch, kept, cost, last = done, len(done or ()), 0.0, time.perf_counter()
     progress(kept)
-    gates = {part.gate.digest: part.gate for part in done.steering} if done else {}
+    gates = {part.gate.digest: part.gate for part in (*done.steering, *done.context) if part.gate} if done else {}
     try:
         for start in range(kept, len(requests), batch):
             chunk = requests[start : start + batch]
@@ -308,7 +308,7 @@ def fit_resumably(
             one = editor.fit(model, tokenizer, chunk, seed=seed, progress=count)
             # equal gates as one object: a thousand copies of a projection would fill the memory
             parts = tuple(
-                replace(part, gate=gates.setdefault(part.gate.digest, part.gate)) if part.kind == "steering" else part
+                replace(part, gate=gates.setdefault(gate.digest, gate)) if (gate := getattr(part, "gate", None)) else part
                 for part in one.parts
             )
             one = replace(one, parts=parts)

@@ -36,7 +36,7 @@ def ask(
     """Ask a model, greedily; with steering patches, tell which edit the gate chose and how far the prompt was from it."""
     from errata.model.generate import cut, greedy
     from errata.model.tokens import wrapper
-    from errata.patch import load_patch
+    from errata.patch import decide, load_patch
 
     if not prompt.strip():
         raise EditError("the prompt is empty; give a text to be completed")
@@ -55,8 +55,8 @@ def ask(
         handles = [stack.enter_context(p.attach(loaded, tokenizer)) for p in patches]
         if handles:
             [text] = greedy(loaded, tokenizer, [text_asked], length)
-            if any(p.steering for p in patches):  # edits of weights have no scope to decide about
-                decision = _decision(patches, handles[-1].decide([text_asked])[0])
+            if decided := decide(loaded, [text_asked]):  # edits of weights have no scope to decide about
+                decision = _decision(patches, decided[0])
             conflicts = sorted({pair for handle in handles for pair in handle.conflicts})
     in_weights = {edit for p in patches for part in p.low_rank for edit in part.edits}
     for later, earlier in conflicts:

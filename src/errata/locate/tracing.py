@@ -25,10 +25,10 @@ from errata.locate.facts import KnownFact
 from errata.locate.noise import Noise
 from errata.locate.resume import resumed
 from errata.model.anatomy import Anatomy, anatomy, submodule
+from errata.model.attached import without_patches
 from errata.model.hooks import Capture, Hooks, intervene
 from errata.model.states import evaluating, input_device
 from errata.model.tokens import continuation_ids, pad, subject_tokens, token_ids
-from errata.steering_table import without_patches
 
 Kind = Literal["hidden", "mlp", "attention"]
 Correct = Literal["first_token", "whole", "any"]

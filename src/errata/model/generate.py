@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from errata.model.attached import asked, by_row
 from errata.model.room import check_room
 from errata.model.tokens import pad, pad_id, token_ids
 
@@ -38,12 +39,14 @@ def says(text: str, expected: str) -> bool:
 def greedy(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 16, batch: int = 64) -> list[str]:
     """The raw greedy continuation of each prompt (special tokens removed), through `model.generate`, left-padded.
 
-    Prompts of like length share a batch. Model and tokenizer are left as found. Raises RequestError, before anything is
+    Attached contexts are put before them. Prompts of like length share a batch; where rows have patches of their own, they are
+    asked in the order given. Model and tokenizer are left as found. Raises RequestError, before anything is
     asked, for a prompt that with its answer is longer than the model's positions.
     """
+    prompts = asked(model, prompts)
     ids = token_ids(tokenizer, prompts)
     check_room(model, ids, prompts, new=max_new_tokens)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: 0 if by_row(model) else len(prompts[i]))
     texts = [""] * len(prompts)
     device = next(model.parameters()).device
     for start in range(0, len(order), batch):

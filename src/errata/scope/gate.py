@@ -105,10 +105,10 @@ class Gate:
         return torch.nn.functional.normalize(mean, dim=0) if self.distance == "cosine" else mean
 
     def distances(self, points: Tensor, centres: Tensor) -> Tensor:
-        """Distances (…, n) of points (…, k) to centres (n, k), in the gate's own unit."""
+        """Distances (…, n) of points (…, k) to centres (n, k) or (…, n, k), in the gate's own unit."""
         if self.distance == "euclidean":
             return torch.cdist(points, centres.to(points), compute_mode="donot_use_mm_for_euclid_dist")
-        dots = points @ centres.to(points).T
+        dots = points @ centres.to(points).mT
         return 1 - dots if self.distance == "cosine" else -dots
 
     def margins(self, distances: Tensor, radii: Tensor) -> Tensor:

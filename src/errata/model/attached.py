@@ -1,0 +1,42 @@
+"""What is attached to a model, as the code that runs it needs to know: where its tables are, and how prompts are asked.
+
+A model carries its tables itself, under these names; here nothing is known of edits.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+ATTACHED, MERGED = "_errata_low_rank", "_errata_merged"
+STEERED, CONTEXT = "_errata_steering", "_errata_context"
+
+
+def asked(model: Any, prompts: Sequence[str]) -> list[str]:
+    """The prompts as the model is to be asked them: with the texts that attached context patches put before them.
+
+    Everything that asks a model by text goes through here. Where rows have patches of their own, prompts are one a row.
+    """
+    table = vars(model).get(CONTEXT)
+    return list(prompts) if table is None else list(table.asked(prompts))
+
+
+def by_row(model: Any) -> bool:
+    """Whether each row of a batch has a patch of its own, so that rows must stay in their order."""
+    table = vars(model).get(ATTACHED)
+    return table is not None and bool(table.by_row)
+
+
+def scoped(model: Any, name: str) -> Any:
+    """The table of steering or contexts by its name, if it is there and some edit in it has a scope; else None."""
+    table = vars(model).get(name)
+    return table if table is not None and table.scoped else None
+
+
+@contextmanager
+def without_patches(model: Any) -> Iterator[None]:
+    """Inside, attached patches of every kind do nothing; what is merged into weights stays."""
+    with ExitStack() as stack:
+        for name in (STEERED, ATTACHED, CONTEXT):
+            if (table := vars(model).get(name)) is not None:
+                stack.enter_context(table.suspended())
+        yield
