@@ -53,6 +53,7 @@ CLAIMS: Mapping[str, tuple[str, ...]] = {
     ),
     "probe": ("They stand by their claim that {p}", "Claim number one: {p}", "It was found to be correct that {p}"),
 }
+ANSWER_ROOM = 16  # tokens left for the answer and what closes it
 SHORTEST = 10  # tokens for which another sentence is looked for
 FORM_PROBES = 4  # of each form
 QUESTION_FRAMES = (
@@ -179,7 +180,7 @@ def long_contexts(
     outside = [p.prompt for p in case.probes if p.kind == "neighborhood"][:1]
     answers = [f" {text}" for text in (request.target_new, request.target_true or "")]
     own = max(map(len, token_ids(tokenizer, [*inside, *outside])))
-    own += max(map(len, token_ids(tokenizer, answers, special=False))) + 3  # the object, and what closes it
+    own += max(ANSWER_ROOM, *map(len, token_ids(tokenizer, answers, special=False)))
     found = []
     for kind in kinds:
         texts = _sentences(pieces, kind, request, random.Random(f"{seed}|{request.id}|{kind}"))
