@@ -25,7 +25,6 @@ from errata.model.anatomy import anatomy, submodule
 from errata.model.attached import ATTACHED, MERGED, STEERED
 from errata.model.hooks import first_tensor, with_first_tensor
 
-
 # -- modules -------------------------------------------------------------------------------------------------------------
 
 

@@ -367,9 +367,7 @@ def decide(model: Any, prompts: Sequence[str]) -> list[Decision] | None:
 
 
 @contextmanager
-def attach_rows(
-    model: Any, tokenizer: Any, patches: Sequence[Patch | None], *, check: bool = True
-) -> Iterator[None]:
+def attach_rows(model: Any, tokenizer: Any, patches: Sequence[Patch | None], *, check: bool = True) -> Iterator[None]:
     """Inside, every batch has len(patches) rows, and row i is edited by patches[i] only (None: by none).
 
     At the gates only a row's own edits compete, beside what is attached to the whole model, which acts on every row as well.

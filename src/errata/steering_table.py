@@ -220,6 +220,11 @@ class SteeringTable:
         finally:
             self._lengths = before
 
+    def follow(self, cache: Any, of: Any) -> None:
+        """A copy of a key-value cache holds the ids that the cache holds."""
+        if of in self._caches:
+            self._caches[cache] = self._caches[of]
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Inside, the model runs as if nothing were attached: fits are made on the base model."""

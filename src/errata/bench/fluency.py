@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from errata.errors import ConfigError
+from errata.model.attached import asked
 from errata.model.room import check_room
 from errata.model.states import evaluating, input_device
 from errata.model.tokens import pad, pad_id, token_ids
@@ -77,11 +78,12 @@ def sample(
     """One text from each prompt, `length` tokens with it, drawn among the `top_k` likeliest; what is attached acts.
 
     The end-of-text token is drawn like any other, as published, and left out of the text. NFKD-normalised, paragraphs
-    joined. The global random state, the model and the tokenizer stay as they are. Raises RequestError for too long a text.
+    joined. An attached context stands before the prompt and is left out. The global random state, the model and the tokenizer stay as they are. Raises RequestError for too long a text.
     """
-    rows = token_ids(tokenizer, prompts)
-    new = max((length - len(row) for row in rows), default=0)
-    check_room(model, rows, prompts, new=max(0, new))
+    said = asked(model, prompts)
+    own, rows = token_ids(tokenizer, prompts), token_ids(tokenizer, said)
+    new = max((length - len(row) for row in own), default=0)
+    check_room(model, rows, said, new=max(0, new))
     batch = pad(rows, pad_id(tokenizer), input_device(model), "left")
     generator = torch.Generator().manual_seed(seed)
     inputs, cache, drawn = batch.inputs(model), None, []
@@ -96,10 +98,10 @@ def sample(
             inputs = {**inputs, "input_ids": token, "attention_mask": mask}
             if "position_ids" in inputs:
                 inputs["position_ids"] = inputs["position_ids"][:, -1:] + 1
-    said = torch.cat(drawn, 1).tolist() if drawn else [[]] * len(rows)
+    more = torch.cat(drawn, 1).tolist() if drawn else [[]] * len(rows)
     texts = [
-        tokenizer.decode((row + more)[: max(length, len(row))], skip_special_tokens=True)
-        for row, more in zip(rows, said, strict=True)
+        tokenizer.decode((row + new)[: max(length, len(row))], skip_special_tokens=True)
+        for row, new in zip(own, more, strict=True)
     ]
     return [unicodedata.normalize("NFKD", text).replace("\n\n", " ") for text in texts]
 

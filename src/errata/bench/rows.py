@@ -4,17 +4,18 @@ A run's directory has them in `units/*.parquet`, its fits in `fits/*.parquet`, a
 references) in `cases.jsonl`.
 """
 
-import difflib
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from errata.bench.cases import Case
+from errata.bench.where import condition, no_column
 from errata.errors import ConfigError, RecordError
 from errata.files import write_atomically
 
@@ -94,7 +95,7 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]], schema: pa.S
     for number, row in enumerate(rows):
         unknown = [name for name in row if name not in schema.names]
         if unknown:
-            raise RecordError(f"row {number} of {path} has {_no_column(unknown[0], schema)}")
+            raise RecordError(f"row {number} of {path} has {no_column(unknown[0], schema)}")
     columns = [_column(rows, field, path) for field in schema]
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_arrays(columns, schema=schema), sink, compression="zstd")
@@ -106,10 +107,10 @@ def read_rows(
 ) -> "DataFrame":
     """The rows of a run's directory, those for which `where` holds, in the order of units; every column by default.
 
-    where: `column op value`, joined by `and`; see `condition`. Lists are tuples, tags a dict, what is missing NaN.
+    where: `column op value`, joined by `and`; see `errata.bench.where`. Lists are tuples, tags a dict, what is missing NaN.
     Raises RecordError for a directory without rows or a damaged file, ConfigError for an unknown column or a bad `where`.
     """
-    return _read(Path(run) / "units", SCHEMA, where, columns, limit)
+    return read(Path(run) / "units", SCHEMA, where, columns, limit)
 
 
 def read_fits(run: str | Path, where: str | None = None, columns: Sequence[str] | None = None) -> "DataFrame":
@@ -117,7 +118,7 @@ def read_fits(run: str | Path, where: str | None = None, columns: Sequence[str] 
     folder = Path(run) / "fits"
     if not any(folder.glob("*.parquet")):
         return _frame(FITS.empty_table().select(_known(columns, FITS)))
-    return _read(folder, FITS, where, columns, None)
+    return read(folder, FITS, where, columns)
 
 
 def write_cases(run: str | Path, cases: Iterable[Case]) -> None:
@@ -170,10 +171,13 @@ def with_failed(rows: "DataFrame", fits: "DataFrame") -> "DataFrame":
     plain, present = rows[(rows["method"] == UNEDITED) & ~rows["condition"].astype(bool)], set(key)
     for method, cases in lost.groupby("method")["case"]:
         gone = {case for case in cases if (method, case) not in present}
-        own = rows.loc[rows["method"] == method, ["setting", "edits"]].drop_duplicates()
-        for setting, edits in own.itertuples(index=False) if len(own) else [("single", 0)]:
+        own = rows[rows["method"] == method]
+        gate = "" if own["gate"].notna().any() else None
+        # A sequence asks, at each checkpoint, the cases so far; the last checkpoint has them all.
+        places = own.groupby("setting")["edits"].max().items() if len(own) else [("single", 0)]
+        for setting, edits in places:
             stand_in = plain[plain["case"].isin(gone)]
-            parts.append(stand_in.assign(method=method, setting=setting, edits=edits, failed=True))
+            parts.append(stand_in.assign(method=method, setting=setting, edits=edits, gate=gate, failed=True))
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
 
@@ -186,133 +190,54 @@ def with_references(rows: "DataFrame", cases: Mapping[str, Mapping[str, Any]]) -
     return rows.assign(references=found)
 
 
-# -- conditions ----------------------------------------------------------------------------------------------------------
-
-_TOKEN = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|<=|>=|!=|==|=|<|>|\(|\)|,|[^\s"'<>=!(),]+)""")
-_COMPARE = ("=", "==", "!=", "<", "<=", ">", ">=")
-
-
-def condition(where: str, schema: pa.Schema = SCHEMA) -> Any:
-    """A text like `kind = edit and p_expected < 0.5` as a pyarrow expression; nothing is evaluated.
-
-    One test is `column op value` with op one of = != < <= > >= contains; `column in (a, b)`; `column is null`;
-    `column is not null`. Tests are joined by `and`. A value with spaces stands in quotes; `tags.NAME` is a tag's value; of a
-    list, `contains` asks for one entry. Raises ConfigError that says what was expected, and where.
-    """
-    tokens = _tokens(where)
-    whole = _test(tokens, schema, where)
-    while tokens:
-        if (joint := tokens.pop(0)).lower() != "and":
-            raise ConfigError(f"expected 'and' or the end, found {joint!r} in {where!r}")
-        whole = whole & _test(tokens, schema, where)
-    return whole
-
-
-def _tokens(where: str) -> list[str]:
-    found, at = [], 0
-    while at < len(where.rstrip()):
-        match = _TOKEN.match(where, at)
-        if match is None:
-            raise ConfigError(f"cannot read {where[at:]!r} in {where!r}; put a text with such signs in quotes")
-        found.append(match.group(1))
-        at = match.end()
-    return found
-
-
-def _test(tokens: list[str], schema: pa.Schema, where: str) -> Any:
-    import pyarrow.compute as pc
-
-    def take(what: str) -> str:
-        if not tokens:
-            raise ConfigError(f"expected {what} at the end of {where!r}")
-        return tokens.pop(0)
-
-    name = take("a column")
-    column, kind = _column_of(name, schema)
-    operator = take(f"one of {' '.join(_COMPARE)} contains in is, after {name}").lower()
-    if operator == "is":
-        word = take("null or 'not null'").lower()
-        negated = word == "not"
-        if (take("null") if negated else word).lower() != "null":
-            raise ConfigError(f"expected 'is null' or 'is not null' after {name} in {where!r}")
-        return ~pc.is_null(column) if negated else pc.is_null(column)
-    if operator == "in":
-        if take("'('") != "(":
-            raise ConfigError(f"expected values in parentheses after '{name} in' of {where!r}")
-        values = [_value(take("a value"), kind, name)]
-        while (sign := take("',' or ')'")) == ",":
-            values.append(_value(take("a value"), kind, name))
-        if sign != ")":
-            raise ConfigError(f"expected ',' or ')', found {sign!r} in {where!r}")
-        return column.isin(pa.array(values, kind))
-    if operator == "contains" and pa.types.is_list(kind):
-        joined = pc.binary_join(
-            column, "\x1f"
-        )  # no entry contains a unit separator, so whole entries can be found in it
-        entry = re.escape(_unquoted(take("a value")))
-        return pc.match_substring_regex(joined, rf"(^|\x1f){entry}(\x1f|$)")
-    if pa.types.is_list(kind) or pa.types.is_map(kind):
-        raise ConfigError(
-            f"{name} is a {'list; use contains' if pa.types.is_list(kind) else 'map; name a tag, tags.NAME'}"
-        )
-    if operator == "contains":
-        if not pa.types.is_string(kind):
-            raise ConfigError(f"contains is for texts, and {name} is {kind}; use one of {' '.join(_COMPARE)}")
-        return pc.match_substring(column, _unquoted(take("a value")))
-    if operator not in _COMPARE:
-        raise ConfigError(f"expected one of {' '.join(_COMPARE)} contains in is, found {operator!r} after {name}")
-    value = pa.scalar(_value(take("a value"), kind, name), kind)
-    return {
-        "=": column == value, "==": column == value, "!=": column != value,
-        "<": column < value, "<=": column <= value, ">": column > value, ">=": column >= value,
-    }[operator]  # fmt: skip
-
-
-def _column_of(name: str, schema: pa.Schema) -> tuple[Any, pa.DataType]:
-    import pyarrow.compute as pc
-
-    if name.startswith("tags.") and "tags" in schema.names:
-        return pc.map_lookup(pc.field("tags"), name.removeprefix("tags."), "first"), pa.string()
-    if name not in schema.names:
-        raise ConfigError(_no_column(name, schema))
-    return pc.field(name), schema.field(name).type
-
-
-def _value(text: str, kind: pa.DataType, name: str) -> Any:
-    plain = _unquoted(text)
-    try:
-        if pa.types.is_boolean(kind):
-            return {"true": True, "false": False}[plain.lower()]
-        if pa.types.is_integer(kind):
-            return int(plain)
-        return float(plain) if pa.types.is_floating(kind) else plain
-    except (KeyError, ValueError):
-        raise ConfigError(f"expected a value of type {kind} for {name}, found {text!r}") from None
-
-
-def _unquoted(text: str) -> str:
-    quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
-    return re.sub(r"\\(.)", r"\1", text[1:-1]) if quoted else text
-
-
 # -- between Arrow and pandas --------------------------------------------------------------------------------------------
 
 
-def _read(
-    folder: Path, schema: pa.Schema, where: str | None, columns: Sequence[str] | None, limit: int | None
+def read(
+    folder: Path,
+    schema: pa.Schema,
+    where: str | None = None,
+    columns: Sequence[str] | None = None,
+    limit: int | None = None,
 ) -> "DataFrame":
+    """The rows of all Parquet files of a folder, at most `limit`; see `read_rows`."""
+    wanted = _known(columns, schema)
+    with _readable(folder):
+        if limit is None:
+            return _frame(_dataset(folder, schema).to_table(columns=wanted, filter=_filter(where, schema)))
+        return _frame(_dataset(folder, schema).head(limit, columns=wanted, filter=_filter(where, schema)))
+
+
+def count(folder: Path, schema: pa.Schema, where: str | None = None) -> int:
+    """How many rows a folder's files have for which `where` holds."""
+    with _readable(folder):
+        return int(_dataset(folder, schema).count_rows(filter=_filter(where, schema)))
+
+
+def _in_order(path: Path) -> list[tuple[str, int]]:
+    """So that unit 2 comes before unit 10."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D+)(\d*)", path.stem)]
+
+
+def _filter(where: str | None, schema: pa.Schema) -> Any:
+    return condition(where, schema) if where is not None else None
+
+
+def _dataset(folder: Path, schema: pa.Schema) -> Any:
     import pyarrow.dataset as ds
 
-    paths = sorted(str(path) for path in folder.glob("*.parquet") if not path.name.startswith("."))
+    found = (path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+    paths = [str(path) for path in sorted(found, key=_in_order)]
     if not paths:
         raise RecordError(f"expected Parquet files in {folder}, found none; name the directory of a run that has begun")
-    wanted, chosen = _known(columns, schema), condition(where, schema) if where else None
+    return ds.dataset(paths, schema=schema, format="parquet")
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
     try:
-        found = ds.dataset(paths, schema=schema, format="parquet")
-        if limit is None:
-            return _frame(found.to_table(columns=wanted, filter=chosen))
-        return _frame(found.head(limit, columns=wanted, filter=chosen))
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OSError) as error:
         raise RecordError(f"cannot read the rows of {folder}: {str(error).splitlines()[0]}") from None
 
 
@@ -344,10 +269,5 @@ def _column(rows: Sequence[Mapping[str, Any]], field: pa.Field, path: str | Path
 def _known(columns: Sequence[str] | None, schema: pa.Schema) -> list[str]:
     for name in columns or ():
         if name not in schema.names:
-            raise ConfigError(_no_column(name, schema))
+            raise ConfigError(no_column(name, schema))
     return list(columns or schema.names)
-
-
-def _no_column(name: str, schema: pa.Schema) -> str:
-    near = difflib.get_close_matches(name, schema.names, n=1)
-    return f"no column {name!r}; {f'did you mean {near[0]!r}?' if near else 'there are ' + ', '.join(schema.names)}"

@@ -308,7 +308,9 @@ def fit_resumably(
             one = editor.fit(model, tokenizer, chunk, seed=seed, progress=count)
             # equal gates as one object: a thousand copies of a projection would fill the memory
             parts = tuple(
-                replace(part, gate=gates.setdefault(gate.digest, gate)) if (gate := getattr(part, "gate", None)) else part
+                replace(part, gate=gates.setdefault(gate.digest, gate))
+                if (gate := getattr(part, "gate", None))
+                else part
                 for part in one.parts
             )
             one = replace(one, parts=parts)

@@ -15,13 +15,25 @@ STOPS = (".", "\n", "?", "!", ";")
 def cut(text: str) -> str:
     """The answer in a continuation: up to a stop that is followed by a space, a line break or the end."""
     text = text.lstrip(" ")
+    return text[: _end(text)].strip()
+
+
+def ended(text: str) -> bool:
+    """Whether the answer in a continuation has come to its end, whatever may follow."""
+    text = text.lstrip(" ")
+    end = _end(text)
+    return end is not None and (text[end] == "\n" or end + 1 < len(text))
+
+
+def _end(text: str) -> int | None:
+    """Where the answer's stop is; None if there is none."""
     for i, character in enumerate(text):
         initial = character == "." and i and text[i - 1].isupper() and (i == 1 or not text[i - 2].isalnum())
         if character == "\n" or (
             character in STOPS and not initial and (i + 1 == len(text) or text[i + 1] in " \n\"'")
         ):
-            return text[:i].strip()
-    return text.strip()
+            return i
+    return None
 
 
 def says(text: str, expected: str) -> bool:

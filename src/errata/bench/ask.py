@@ -1,0 +1,316 @@
+"""Put probes to a model and say what came back, one row each: the words, the probabilities, the gate's decision.
+
+A batch runs its prompts once. That pass gives the first token's figures, the gate's decision and the first word of the answer;
+its keys and values then serve the teacher-forced passes over the expected answer and its alternative, and the greedy steps
+behind them. With patches by edit every row of a batch is edited by its own question's patch alone. An answer is followed until
+its end is certain, so no row depends on what else is in its batch, but for rounding.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from math import exp, isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.bench.cases import Probe
+from errata.bench.fluency import sample
+from errata.errors import RequestError
+from errata.model.attached import CONTEXT, STEERED, asked, scoped, without_patches
+from errata.model.generate import cut, ended, says
+from errata.model.room import check_room
+from errata.model.states import evaluating, input_device
+from errata.model.tokens import Batch, continuation_ids, pad, pad_id, token_ids
+from errata.patch import Patch, attach_rows, check_fits
+from errata.steering import Decision, together
+
+OPEN_TOKENS = 12  # of an answer of which nothing is known but that it should stay
+LOGITS = 2**26  # numbers of logits at every position that are held at once
+
+Row = dict[str, Any]
+Task = Callable[[Any, Any, Sequence["Question"], Sequence[str]], list[Row]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A probe of a case under its edit. index: the probe's in its case; tags: the case's and the probe's."""
+
+    case: str
+    edit: str
+    index: int
+    probe: Probe
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+def ask(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    *,
+    patches: Mapping[str, Patch] | None = None,
+    unedited: Mapping[tuple[str, int], str] | None = None,
+    seed: int = 0,
+    batch: int = 64,
+    wrap: Callable[[str], str] = str,
+) -> list[Row]:
+    """A row for each question, in order: the columns of `rows.SCHEMA` from `case` on.
+
+    patches: a patch for each edit, under which alone its questions are asked; None: the model as it stands. unedited: what
+    the unedited model generates, by (case, index); where it lacks an answer that should stay, the model is asked without
+    its patches. wrap: what a prompt goes through first (`errata.model.tokens.wrapper`).
+
+    A probe passes if the model says the whole expected object under any of its names by greedy generation, or, where nothing
+    is expected, gives its unedited answer. Kind "generation" is sampled, with the seed, and passes nothing; of kind "unrelated"
+    p_expected is the text's own, and it passes if no bit of its logits is changed. Raises RequestError for an edit without
+    a patch, and for prompts that with their answers are longer than the model's positions.
+    """
+    if patches is not None:
+        if missing := {q.edit for q in questions} - set(patches):
+            raise RequestError(f"expected a patch for each edit that is asked about, found none for {min(missing)}")
+        check_fits([patches[edit] for edit in {q.edit for q in questions}], model, tokenizer)
+    run = partial(_batches, model, tokenizer, batch=batch, wrap=wrap)
+    kinds: dict[str, tuple[Task, Any]] = {
+        "generation": (partial(_sampled, seed=seed), patches),
+        "unrelated": (_unrelated, patches),
+        "": (_answered, patches),
+    }
+    found: dict[int, Row] = {}
+    for kind, (task, with_patches) in kinds.items():
+        at = [i for i, q in enumerate(questions) if (q.probe.kind if q.probe.kind in kinds else "") == kind]
+        found |= dict(zip(at, run([questions[i] for i in at], task, with_patches), strict=True))
+    known = dict(unedited or {})
+    plain = [q for q in questions if _stays(q) and (q.case, q.index) not in known]
+    with without_patches(model):
+        for q, row in zip(plain, run(plain, partial(_answered, figures=False), None), strict=True):
+            known[q.case, q.index] = row["generated"]
+    return [_row(q, known.get((q.case, q.index)), found[i]) for i, q in enumerate(questions)]
+
+
+def _stays(question: Question) -> bool:
+    """Whether the unedited model's answer is what is expected."""
+    return not question.probe.expected and question.probe.kind not in ("generation", "unrelated")
+
+
+def _row(question: Question, unedited: str | None, found: Row) -> Row:
+    probe = question.probe
+    if probe.kind not in ("generation", "unrelated"):
+        text = found["generated"]
+        kept = unedited is not None and cut(text) == cut(unedited)
+        found = found | {"passed": any(says(text, e) for e in probe.expected) if probe.expected else kept}
+    return {
+        "case": question.case,
+        "edit": question.edit,
+        "probe": question.index,
+        "kind": probe.kind,
+        "test": probe.test,
+        "joined": probe.joined,
+        "condition": probe.condition,
+        "tags": dict(question.tags),
+        "prompt": probe.prompt,
+        "expected": list(probe.expected),
+        "alternatives": list(probe.alternatives),
+        "unedited": unedited,
+        **_NOTHING,
+        **found,
+    }
+
+
+_NOTHING: Row = dict.fromkeys(
+    (
+        *("generated", "first_token", "p_expected", "p_alternative", "p_expected_first", "p_alternative_first"),
+        *("token_accuracy", "gate", "distance", "own_distance", "passed"),
+    )
+)
+
+
+def _batches(
+    model: Any, tokenizer: Any, questions: Sequence[Question], task: Task, patches: Mapping[str, Patch] | None, *,
+    batch: int, wrap: Callable[[str], str],
+) -> list[Row]:  # fmt: skip
+    """What the task makes of the questions, prompts of like length together."""
+    prompts = [wrap(q.probe.prompt) for q in questions]
+    lengths = [len(row) for row in token_ids(tokenizer, prompts)]
+    order = sorted(range(len(prompts)), key=lambda i: lengths[i])
+    if task is _unrelated and order:
+        batch = max(1, min(batch, LOGITS // (lengths[order[-1]] * int(model.config.get_text_config().vocab_size))))
+    found: dict[int, Row] = {}
+    with torch.no_grad(), evaluating(model):
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            own = [questions[i] for i in chosen]
+            with _edited(model, tokenizer, own, patches):
+                rows = task(model, tokenizer, own, [prompts[i] for i in chosen])
+            found |= dict(zip(chosen, rows, strict=True))
+    return [found[i] for i in range(len(questions))]
+
+
+def _edited(model: Any, tokenizer: Any, own: Sequence[Question], patches: Mapping[str, Patch] | None) -> Any:
+    if patches is None:
+        return nullcontext()
+    return attach_rows(model, tokenizer, [patches[q.edit] for q in own], check=False)
+
+
+# -- what is done with a batch -------------------------------------------------------------------------------------------
+
+
+def _answered(
+    model: Any, tokenizer: Any, questions: Sequence[Question], prompts: Sequence[str], figures: bool = True
+) -> list[Row]:
+    """Greedy answers; with figures also the probabilities and what the gates decided."""
+    said = asked(model, prompts)
+    ids = token_ids(tokenizer, said)
+    names = [(*q.probe.expected, *q.probe.alternatives) for q in questions]
+    limits = _limits(tokenizer, names)
+    for row, text, limit in zip(ids, said, limits, strict=True):
+        check_room(model, [row], [text], new=limit)
+    batch = pad(ids, pad_id(tokenizer), input_device(model), "left")
+    with _prompts(model, [len(row) for row in ids]):
+        inputs = batch.inputs(model)
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            inputs |= {"logits_to_keep": 1}
+        out = model(**inputs, use_cache=True)
+        first, cache = out.logits[:, -1], out.past_key_values
+        rows: list[Row] = [{} for _ in questions]
+        if figures:
+            rows = [
+                {"first_token": tokenizer.decode([token]), **found}
+                for token, found in zip(first.argmax(-1).tolist(), _decided(model, questions, prompts), strict=True)
+            ]
+            for which in ("expected", "alternative"):
+                answers = [q.probe.expected if which == "expected" else q.probe.alternatives for q in questions]
+                tails = [
+                    continuation_ids(tokenizer, text, a[0]) if a else [] for text, a in zip(said, answers, strict=True)
+                ]
+                for row, tail, found in zip(rows, tails, _forced(model, batch, cache, first, tails), strict=True):
+                    if tail:
+                        logp, hits = found
+                        row |= {f"p_{which}": exp(sum(logp) / len(logp)), f"p_{which}_first": exp(logp[0])}
+                        row |= {"token_accuracy": sum(hits) / len(hits)} if which == "expected" else {}
+        texts = _greedy(model, tokenizer, batch, cache, first, names, limits)
+    return [row | {"generated": text} for row, text in zip(rows, texts, strict=True)]
+
+
+def _sampled(model: Any, tokenizer: Any, questions: Sequence[Question], prompts: Sequence[str], seed: int) -> list[Row]:
+    """Sampled text, prompt included."""
+    return [{"generated": text} for text in sample(model, tokenizer, prompts, seed=seed)]
+
+
+def _unrelated(model: Any, tokenizer: Any, questions: Sequence[Question], prompts: Sequence[str]) -> list[Row]:
+    """The probability of running text, and whether every bit of the logits is the unedited model's."""
+    said = asked(model, prompts)
+    ids, own = token_ids(tokenizer, said), token_ids(tokenizer, prompts, special=False)
+    check_room(model, ids, said)
+    batch = pad(ids, pad_id(tokenizer), input_device(model))
+    logits = model(**batch.inputs(model), use_cache=False).logits
+    rows = _decided(model, questions, prompts)
+    with without_patches(model):
+        plain = model(**batch.inputs(model), use_cache=False).logits
+    for i, row in enumerate(rows):
+        n = len(ids[i])
+        start = max(1, n - len(own[i]))  # the first token of all has nothing before it
+        scores = _wide(logits[i, start - 1 : n - 1]).log_softmax(-1)
+        logp = scores.gather(1, batch.ids[i, start:n, None].to(scores.device))
+        same = said[i] == prompts[i] and torch.equal(logits[i, :n], plain[i, :n])
+        row |= {"p_expected": exp(float(logp.mean())) if len(logp) else None, "passed": same, "generated": ""}
+    return rows
+
+
+# -- passes --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _prompts(model: Any, lengths: Sequence[int]) -> Iterator[None]:
+    """Tell gates that embed text where each row's prompt ends."""
+    table = scoped(model, STEERED)
+    with table.prompts(lengths) if table is not None else nullcontext():
+        yield
+
+
+def _forced(
+    model: Any, prompts: Batch, cache: Any, first: Tensor, tails: Sequence[Sequence[int]]
+) -> list[tuple[list[float], list[bool]]]:
+    """(log probabilities, whether it is the likeliest) of each token of each tail behind its prompt; the cache stays as it is."""
+    columns = [_wide(first)]
+    if (width := max(map(len, tails)) - 1) > 0:
+        more = pad([[*tail[:-1], *[0] * (width - len(tail) + 1)][:width] for tail in tails], 0, prompts.ids.device)
+        real = torch.tensor([[j < len(tail) - 1 for j in range(width)] for tail in tails]).to(prompts.mask)
+        after = deepcopy(cache)
+        if (table := vars(model).get(STEERED)) is not None:
+            table.follow(after, cache)
+        columns += _wide(_step(model, prompts, after, more.ids, real).logits).unbind(1)
+    logits = torch.stack(columns, 1)
+    wanted = torch.tensor([[*tail, *[0] * (logits.shape[1] - len(tail))] for tail in tails], device=logits.device)
+    logp = logits.gather(2, wanted[..., None])[..., 0] - logits.logsumexp(-1)
+    hits = logits.argmax(-1).eq(wanted)
+    return [(own[: len(t)], hit[: len(t)]) for t, own, hit in zip(tails, logp.tolist(), hits.tolist(), strict=True)]
+
+
+def _greedy(
+    model: Any, tokenizer: Any, prompts: Batch, cache: Any, first: Tensor, names: Sequence[Sequence[str]],
+    limits: Sequence[int],
+) -> list[str]:  # fmt: skip
+    """The raw greedy continuation of each prompt, up to the token that makes its answer certain."""
+    ends = model.generation_config.eos_token_id
+    stops = {int(token) for token in (ends if isinstance(ends, list) else [ends]) if token is not None}
+    said: list[list[int]] = [[] for _ in limits]
+    texts = [""] * len(said)
+    left, token = set(range(len(said))), first.argmax(-1)
+    mask = prompts.mask[:, :0]
+    while True:
+        for i, new in enumerate(token.tolist()):
+            if i in left:
+                said[i].append(new)
+                texts[i] = tokenizer.decode(said[i], skip_special_tokens=True)
+                if new in stops or len(said[i]) == limits[i] or _certain(texts[i], names[i]):
+                    left.remove(i)
+        if not left:
+            return texts
+        mask = torch.cat([mask, torch.ones_like(prompts.mask[:, :1])], 1)
+        token = _step(model, prompts, cache, token[:, None].to(prompts.ids), mask).logits[:, -1].argmax(-1)
+
+
+def _step(model: Any, prompts: Batch, cache: Any, ids: Tensor, after: Tensor) -> Any:
+    """The pass over ids (n, w) behind prompts and cache; after (n, >= w): the mask of all that follows the prompts."""
+    inputs = {"input_ids": ids, "attention_mask": torch.cat([prompts.mask, after], 1)}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        places = torch.arange(after.shape[1] - ids.shape[1], after.shape[1], device=ids.device)
+        inputs["position_ids"] = prompts.lengths[:, None] + places
+    return model(**inputs, past_key_values=cache, use_cache=True)
+
+
+def _certain(text: str, names: Sequence[str]) -> bool:
+    """Whether the answer has ended, and none of the names can still come out of it."""
+    return ended(text) and not any(name.startswith(text.lstrip(" ")) for name in names)
+
+
+def _limits(tokenizer: Any, names: Sequence[Sequence[str]]) -> list[int]:
+    """How many tokens an answer may have: enough for the longest name and the token behind it that closes it."""
+    texts = list(dict.fromkeys(f" {name}" for own in names for name in own))
+    size = dict(zip(texts, map(len, token_ids(tokenizer, texts, special=False)), strict=True))
+    return [max((size[f" {name}"] + 2 for name in own), default=OPEN_TOKENS) for own in names]
+
+
+def _decided(model: Any, questions: Sequence[Question], prompts: Sequence[str]) -> list[Row]:
+    """What the gates decided at the end of each prompt in the latest pass; nothing where there is none."""
+    own = [q.edit for q in questions]
+    steering, context = scoped(model, STEERED), scoped(model, CONTEXT)
+    made = [steering.decided(own) if steering else None, context.decide(prompts, own) if context else None]
+    decisions: Sequence[Decision | None] = together(*made) or [None] * len(own)
+    rows = []
+    for i, decision in enumerate(decisions):
+        if decision is None or decision.nearest is None:
+            rows.append(dict.fromkeys(("gate", "distance", "own_distance")))
+            continue
+        far = [each[i].own for each in made if each is not None and each[i].own is not None]
+        at = decision.distance if isfinite(decision.distance) else None
+        rows.append({"gate": decision.edit or "", "distance": at, "own_distance": far[0] if far else None})
+    return rows
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype is torch.float64 else logits.float()

@@ -1,0 +1,201 @@
+"""Probes put to a model, batched and by row, against a plain loop over one prompt at a time."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from math import exp
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from conftest import hooks_of, prefix_points, steering_part, tiny_model
+from errata.bench import ask as module
+from errata.bench.ask import Question, ask
+from errata.bench.cases import Probe
+from errata.bench.rows import SCHEMA
+from errata.edit import EditRequest
+from errata.errors import RequestError
+from errata.low_rank import LowRank
+from errata.model.anatomy import anatomy
+from errata.model.fingerprint import base_of
+from errata.model.generate import cut, greedy, says
+from errata.model.tokens import continuation_ids, token_ids
+from errata.patch import Patch
+from errata.scope.gate import Gate
+
+PROMPTS = ("The capital of France is", "Tokyo", "The highest point on Earth is", "São Paulo lies in")
+NEW = ("Paris", "Seattle", "United States", "Brazil")
+
+
+def patches_of(model: PreTrainedModel, tokenizer: Any) -> dict[str, Patch]:
+    """A steering patch, a low-rank patch and one of both, by edit: each about one prompt."""
+    generator, found = torch.Generator().manual_seed(5), {}
+    site = anatomy(model).mlp_out[0]
+    for i, (prompt, new) in enumerate(zip(PROMPTS, NEW, strict=True)):
+        request = EditRequest(prompt=prompt, target_new=new, target_true="Mars")
+        [ids] = token_ids(tokenizer, [prompt])
+        target = tuple(continuation_ids(tokenizer, prompt, new))
+        gate = Gate(layers=(0,))
+        parts: list[Any] = []
+        if i != 1:
+            parts.append(steering_part(model, ids, target, gate=gate, radius=0.05, edit=request.id, key=request.key))
+        if i in (1, 2):
+            d = model.config.hidden_size
+            m = model.get_submodule(site).weight.numel() // d
+            U, V = (0.2 * torch.randn(size, 1, generator=generator) for size in (d, m))
+            parts.append(LowRank((request.id,), U, V, 0))
+        if i == 2:  # the gate of a mixed patch reads states that its own update has moved
+            whole = Patch("hand", {}, (request,), base_of(model, tokenizer), (parts[1],))
+            with whole.attach(model, tokenizer):
+                centre = prefix_points(model, ids, gate)[-1]
+            parts[0] = steering_part(
+                model, ids, target, gate=gate, radius=0.05, centre=centre, edit=request.id, key=request.key
+            )
+        found[request.id] = Patch("hand", {}, (request,), base_of(model, tokenizer), tuple(parts))
+    return found
+
+
+def questions_of(patches: dict[str, Patch]) -> list[Question]:
+    found = []
+    for edit, patch in patches.items():
+        new = patch.requests[0].target_new
+        for prompt in PROMPTS:
+            for expected, alternatives in (((new, "the"), ("Obama", new)), ((), (new,)), (("French",), ())):
+                kind = "edit" if expected else "neighborhood"
+                probe = Probe(kind, prompt, expected, alternatives)
+                found.append(Question(f"case {edit}", edit, len(found), probe, {"relation": "r"}))
+    return found
+
+
+@pytest.fixture(params=["gpt2", "llama", "mistral"])
+def model(request: pytest.FixtureRequest) -> Iterator[PreTrainedModel]:
+    changes = {"sliding_window": 6} if request.param == "mistral" else {}
+    made = tiny_model(request.param, **changes).double()
+    before = hooks_of(made), set(vars(made))
+    yield made
+    assert (hooks_of(made), set(vars(made))) == before
+
+
+def scores(model: Any, ids: list[int], tail: list[int], lengths: int) -> Tensor:
+    """(n, V) log probabilities where the tail's tokens are said, from one uncached row."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids + tail]), use_cache=False).logits[0]
+    return logits[lengths - 1 : lengths - 1 + len(tail)].log_softmax(-1)
+
+
+def one_by_one(model: Any, tokenizer: Any, question: Question, patch: Patch | None) -> dict[str, Any]:
+    """The same row by attaching one patch, one prompt, no batch, no cache."""
+    probe = question.probe
+    names = (*probe.expected, *probe.alternatives)
+    longest = max((len(tokenizer(f" {n}", add_special_tokens=False)["input_ids"]) for n in names), default=10) + 2
+    [before] = greedy(model, tokenizer, [probe.prompt], longest)
+    with ExitStack() as stack:
+        handle = stack.enter_context(patch.attach(model, tokenizer)) if patch else None
+        [ids] = token_ids(tokenizer, [probe.prompt])
+        [text] = greedy(model, tokenizer, [probe.prompt], longest)
+        found: dict[str, Any] = {"text": text}
+        for which, answers in (("expected", probe.expected), ("alternative", probe.alternatives)):
+            if answers:
+                tail = continuation_ids(tokenizer, probe.prompt, answers[0])
+                logp = scores(model, ids, tail, len(ids))
+                own = logp.gather(1, torch.tensor(tail)[:, None])[:, 0]
+                found[f"p_{which}"], found[f"p_{which}_first"] = exp(own.mean()), exp(own[0])
+                if which == "expected":
+                    found["token_accuracy"] = logp.argmax(-1).eq(torch.tensor(tail)).double().mean().item()
+        found["first_token"] = tokenizer.decode([int(scores(model, ids, [0], len(ids))[0].argmax())])
+        if handle is not None and patch is not None and patch.steering:
+            [decision] = handle.decide([probe.prompt])
+            found |= {"gate": decision.edit or "", "distance": decision.distance, "own_distance": decision.distance}
+    kept = cut(text) == cut(before)
+    found["passed"] = any(says(text, name) for name in probe.expected) if probe.expected else kept
+    return found
+
+
+def check(model: Any, tokenizer: Any, questions: list[Question], rows: list[dict[str, Any]], patches: Any) -> None:
+    for question, row in zip(questions, rows, strict=True):
+        expected = one_by_one(model, tokenizer, question, patches and patches[question.edit])
+        text = expected.pop("text")
+        assert text.startswith(row["generated"]) and cut(text) == cut(row["generated"])
+        assert set(row) == set(SCHEMA.names[5:])
+        for name, value in expected.items():
+            if isinstance(value, float):  # maps act in float32
+                assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+            else:
+                assert row[name] == value, name
+
+
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_rows_by_row_are_those_of_patches_attached_one_by_one(model: Any, tokenizer: Any, batch: int) -> None:
+    patches = patches_of(model, tokenizer)
+    questions = questions_of(patches)
+    rows = ask(model, tokenizer, questions, patches=patches, batch=batch)
+    if batch == 5:
+        check(model, tokenizer, questions, rows, patches)
+    own = [r for r in rows if r["prompt"] == patches[r["edit"]].requests[0].text and len(r["expected"]) == 2]
+    assert [r["passed"] for r in own] == [True, False, True, True]  # the second is an update of noise
+    assert [r["gate"] for r in own] == [r["edit"] if i != 1 else None for i, r in enumerate(own)]
+    assert sum(r["gate"] == "" for r in rows) == 9 * 3  # other prompts are in no scope
+    assert all(r["passed"] for r in rows if r["gate"] == "" and not r["expected"] and r["edit"] != own[2]["edit"])
+    together = ask(model, tokenizer, questions, patches=patches)
+    for one, other in zip(rows, together, strict=True):
+        assert {k: v for k, v in one.items() if not isinstance(v, float)} == {
+            k: v for k, v in other.items() if not isinstance(v, float)
+        }
+
+
+def test_what_is_attached_is_asked_as_it_stands(model: Any, tokenizer: Any) -> None:
+    patches = patches_of(model, tokenizer)
+    questions = questions_of(patches)
+    check(model, tokenizer, questions, ask(model, tokenizer, questions, batch=7), None)
+    first, *_, last = patches
+    unedited = {(q.case, q.index): "nothing of the kind" for q in questions[:6]}
+    with patches[first].attach(model, tokenizer), patches[last].attach(model, tokenizer):
+        rows = ask(model, tokenizer, questions, unedited=unedited)
+        again = ask(model, tokenizer, questions[:6])
+    told = [r for r in rows[:6] if not r["expected"]]
+    assert {r["unedited"] for r in told} == {"nothing of the kind"} and not any(r["passed"] for r in told)
+    assert [r["unedited"] for r in again if not r["expected"]] != [r["unedited"] for r in told]
+    assert {r["gate"] for r in rows} == {"", first, last}
+    for row, question in zip(rows, questions, strict=True):
+        if row["prompt"] == PROMPTS[0]:
+            assert row["gate"] == first and says(row["generated"], "Paris")
+            near = row["own_distance"] if question.edit == first else None
+            assert near is None or near == row["distance"] < 1e-5
+            if question.edit == last:
+                assert row["own_distance"] > row["distance"]
+
+
+def test_sampled_and_running_text(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gpt2").double()
+    patches = patches_of(model, tokenizer)
+    first, second, *_ = patches
+    texts = ("Danielle Darrieux's mother tongue is French.", "Tokyo")
+    questions = [
+        Question("c", edit, i, Probe("unrelated", text)) for edit in (first, second) for i, text in enumerate(texts)
+    ]
+    for held in (2**26, 1):
+        monkeypatch.setattr(module, "LOGITS", held)
+        rows = ask(model, tokenizer, questions, patches=patches)
+        assert [r["passed"] for r in rows] == [True, True, False, False]  # steering is elsewhere, weights are not
+    for row, question in zip(rows, questions, strict=True):
+        [ids] = token_ids(tokenizer, [question.probe.prompt])
+        with patches[question.edit].attach(model, tokenizer):
+            logp = scores(model, ids[:1], ids[1:], 1)
+        expected = exp(logp.gather(1, torch.tensor(ids[1:])[:, None]).mean()) if len(ids) > 1 else None
+        assert row["p_expected"] == pytest.approx(expected)
+    asked = [Question("c", first, 0, Probe("generation", "The capital of France is"))]
+    monkeypatch.setattr(module, "sample", lambda *args, seed: [f"{args[2][0]} {seed}"])
+    [row] = ask(model, tokenizer, asked, patches=patches, seed=4)
+    assert row["generated"] == "The capital of France is 4" and row["passed"] is None is row["p_expected"]
+
+
+def test_an_edit_without_a_patch_and_long_prompts_are_refused(tokenizer: Any) -> None:
+    model = tiny_model("gpt2")
+    patches = patches_of(model, tokenizer)
+    with pytest.raises(RequestError, match="none for elsewhere"):
+        ask(model, tokenizer, [Question("c", "elsewhere", 0, Probe("edit", "Tokyo"))], patches=patches)
+    with pytest.raises(RequestError, match="room for 128"):
+        ask(model, tokenizer, [Question("c", "", 0, Probe("edit", "Tokyo " * 126, ("Rome",)))])
+    assert ask(model, tokenizer, []) == []
