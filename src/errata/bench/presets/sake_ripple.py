@@ -1,0 +1,75 @@
+"""SAKE's RippleEdits table: what edits entail, and what they must leave alone (Scialanga et al. 2025; Cohen et al. 2024)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from errata.bench.cases import Case
+from errata.bench.preset import Context, Preset
+from errata.bench.presets import _common as common
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from errata.bench.tables import Table
+
+N, PUBLISHED_N = 120, 885
+AXES = {"CI": "compositionality_i", "CII": "compositionality_ii", "SA": "subject_aliasing", "RS": "relation_specificity"}
+OURS = {"Acc": "efficacy.generate"} | {letters: f"{axis}.generate" for letters, axis in AXES.items()}
+MORE = {"LG": "logical_generalization.generate", "PV": "forgetfulness.generate"}
+# What SA's published filter needs, the same maps with the gate always open, is the run's `sake-open`.
+THEIRS = {letters: f"{axis}.sake_code" for letters, axis in AXES.items()}
+RIPPLE = {letters: f"{axis}.ripple" for letters, axis in AXES.items()}
+
+
+def cases(context: Context) -> Sequence[Case]:
+    """RippleEdits' edits with all six axes and their conditions."""
+    options = {"atlas": "atlas-ripple", "published": "ripple-popular", "published_n": PUBLISHED_N}
+    return common.draw(context, N, **options)
+
+
+def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
+    """Ours and the published protocols; compositions by whether the fit held them; the pass rate of conditions."""
+    conditions = {letters: f"{axis}_condition.generate" for letters, axis in AXES.items() if axis != "subject_aliasing"}
+    return [
+        *common.both_protocols(rows, run, "sake-ripple", "RippleEdits", OURS | MORE, THEIRS),
+        common.score_table(rows, "RippleEdits, scored as its authors do", RIPPLE),
+        *(
+            common.strata_table(rows, f"{letters} by whether the fit held the composition", f"{axis}.generate", "stratum")
+            for letters, axis in AXES.items()
+            if letters in ("CI", "CII")
+        ),
+        common.score_table(
+            rows, "Tests whose conditions hold on the unedited model", conditions, methods=[common.UNEDITED]
+        ),
+    ]
+
+
+def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:
+    """Ours as dots with intervals."""
+    path = common.dot_figure(rows, run, "sake-ripple", OURS)
+    return [(path, "RippleEdits' axes by our protocol, per cent, with 95 % intervals over edits.")]
+
+
+PRESET = Preset(
+    "sake-ripple",
+    "SAKE on RippleEdits Popular",
+    "Scialanga et al. 2025, tables of CI, CII, SA and RS",
+    cases,
+    (
+        common.SAKE,
+        common.SAKE_ALONE,
+        common.ROME,
+        common.MEMIT,
+        common.COMPMEMIT,
+        common.ACTADD,
+        common.UNIFORM,
+        common.SAKE_PAPER_POPULAR,
+        common.SAKE_CODE_POPULAR,
+        common.SAKE_OPEN,
+    ),
+    tables,
+    n=N,
+    published_n=PUBLISHED_N,
+    figures=figures,
+)
