@@ -20,7 +20,7 @@ from errata.bench.preset import Context, Method, Preset
 from errata.bench.rows import read_fits, read_rows
 from errata.bench.runner import Plan, Progress, methods_of, plan_jobs, run
 from errata.bench.store import PatchCache, RunDirectory, difference, file_names
-from errata.bench.worker import Given, Job, Outcome, Worker, parts_of
+from errata.bench.worker import Given, Job, Outcome, Worker
 from errata.edit import EditRequest
 from errata.editors.rome import ROME
 from errata.errors import ConfigError
@@ -258,16 +258,6 @@ def test_patches_are_kept_by_content(place: Path) -> None:
     os.utime(file, (1, 1))
     cache.limit = len(whole) + 1
     assert cache.trim() == 1 and cache.find(key) is None and cache.find("ff" + key[2:]) == patch
-
-
-def test_parts_of_a_batch_are_single_fits(place: Path) -> None:
-    model, tokenizer = load(place / "model")
-    requests = [case.request for case in cases(None)[:3]]  # type: ignore[arg-type]
-    parts = parts_of(ROME(**QUICK).fit(model, tokenizer, requests))
-    assert [part.ids for part in parts] == [(request.id,) for request in requests]
-    one = ROME(**QUICK).fit(model, tokenizer, requests[1:2])
-    torch.testing.assert_close(parts[1].low_rank[0].U, one.low_rank[0].U, rtol=1e-3, atol=1e-4)
-    assert list(parts[1].report) == [requests[1].id]
 
 
 # -- stopping and going on -----------------------------------------------------------------------------------------------

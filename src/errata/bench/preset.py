@@ -90,10 +90,12 @@ def get_preset(name: str) -> Preset:
 
 
 def pick_methods(preset: Preset, names: Sequence[str]) -> tuple[Method, ...]:
-    """The preset's methods with these labels; a name that is no label is an editor, in the setting of the preset's first.
+    """The preset's methods with these labels; a name that is no label is an editor with the model's options, in the setting of
+    the preset's first method.
 
     Raises ConfigError that lists what there is, near matches first.
     """
+    from errata.bench.methods import MODEL
     from errata.editors import available_editors
 
     labels, editors = {method.label: method for method in preset.methods}, available_editors()
@@ -108,5 +110,5 @@ def pick_methods(preset: Preset, names: Sequence[str]) -> tuple[Method, ...]:
                 f"it has {', '.join(labels) or 'none'}; further editors are {others}"
             )
         setting = preset.methods[0].setting if preset.methods else "single"
-        found.append(labels.get(name) or Method(name, name, setting))
+        found.append(labels.get(name) or Method(name, name, setting, MODEL))
     return tuple(found)

@@ -28,10 +28,11 @@ import transformers
 import errata
 from errata.bench.cases import Case
 from errata.bench.engines import Engine, LocalEngine, WorkerPlan
+from errata.bench.methods import resolved
 from errata.bench.preset import Context, Method, Preset
-from errata.bench.rows import write_cases
+from errata.bench.rows import UNEDITED, write_cases
 from errata.bench.store import PatchCache, RunDirectory, file_names, json_config
-from errata.bench.worker import UNEDITED, Given, Job, Outcome, Worker, editor_of
+from errata.bench.worker import Given, Job, Outcome, Worker, editor_of
 from errata.errors import ConfigError, EditError
 from errata.patch import Patch
 from errata.prompts.sources import with_old_object
@@ -103,6 +104,7 @@ def run(
     the run's fits, and stops nothing.
     """
     engine, directory = engine or LocalEngine(), RunDirectory(out)
+    plan = replace(plan, methods=tuple(resolved(method, model, plan.model_name) for method in plan.methods))
     _different("methods", "label", [UNEDITED, *(method.label for method in plan.methods)])
     editors = {method.label: editor_of(method) for method in plan.methods}
     context = Context(plan.model_name, model, tokenizer, plan.n, plan.seed, plan.data, split=plan.split)

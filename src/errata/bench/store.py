@@ -104,7 +104,9 @@ class RunDirectory:
         import pyarrow.parquet as pq
 
         columns = pq.read_table(self.path / "units" / f"{unit}.parquet", columns=["case", "probe", "unedited"])
-        return {(row["case"], row["probe"]): row["unedited"] for row in columns.to_pylist()}
+        return {
+            (row["case"], row["probe"]): row["unedited"] for row in columns.to_pylist() if row["unedited"] is not None
+        }
 
     def fits(self) -> list[dict[str, Any]]:
         """All fits so far, one for each method and case."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_type_hints
 
 from errata.bench.cases import Case, Probe
 from errata.bench.preset import Method
+from errata.bench.rows import UNEDITED
 from errata.bench.store import PatchCache
 from errata.editor import Editor
 from errata.editors import get_editor
@@ -20,9 +21,9 @@ from errata.low_rank import LowRank
 from errata.merge import merge
 from errata.model.generate import greedy
 from errata.model.tokens import token_ids
-from errata.patch import Part, Patch
+from errata.patch import Patch
 
-UNEDITED = "unedited"
+NO_ANSWER = ("generation", "unrelated")
 SPEED_PROMPTS, SPEED_TOKENS, SPEED_ROUNDS = 32, 16, 3
 
 
@@ -152,6 +153,8 @@ class Worker:
         }
         unedited = None if job.method == UNEDITED else given.unedited
         rows = ask(self.model, self.tokenizer, questions, unedited=unedited, seed=self.seed, **options)
+        if job.method == UNEDITED:  # the others' rows say what it said; a sampled text or a running one is no answer
+            rows = [row | {"unedited": None if row["kind"] in NO_ANSWER else row["generated"]} for row in rows]
         return [about | row for row in rows]
 
     def _ask(self, job: Job, given: Given) -> Outcome:
@@ -206,7 +209,7 @@ class Worker:
                 return {k: v for one in requests for k, v in self._try(editor, [one]).items()}
             return {requests[0].id: _words(error)}
         seconds = (time.perf_counter() - started) / len(requests)
-        parted = parts_of(patch)
+        parted = map(patch.only, patch.ids)
         return {r.id: _timed(one, seconds) for r, one in zip(requests, parted, strict=True)}
 
     def _fit_jointly(self, job: Job) -> Outcome:
@@ -230,7 +233,7 @@ class Worker:
                 self.cache.keep(key, patch)
             except Exception as error:
                 errors |= dict.fromkeys(requests, _words(error))
-        parted = dict(zip(requests, parts_of(patch), strict=True)) if patch else {}
+        parted = dict(zip(requests, map(patch.only, patch.ids), strict=True)) if patch else {}
         fits = [_entry(job, case, parted.get(case.request.id), errors) for case in cases]
         return Outcome(fits=fits, patches=(patch,) if patch else ())
 
@@ -332,25 +335,6 @@ class Worker:
 # -- patches -------------------------------------------------------------------------------------------------------------
 
 
-def parts_of(patch: Patch) -> list[Patch]:
-    """Each edit of a patch as a patch of its own; of a joint write its columns."""
-    return [
-        replace(
-            patch,
-            requests=(request,),
-            parts=tuple(own for part in patch.parts if (own := _own(part, request.id)) is not None),
-            report={k: v for k, v in patch.report.items() if k == request.id},
-        )
-        for request in patch.requests
-    ]
-
-
-def _own(part: Part, edit: str) -> Part | None:
-    if isinstance(part, LowRank):
-        return part.only(edit)
-    return part if part.edit == edit else None
-
-
 def _mergeable(patch: Patch) -> bool:
     return bool(patch.parts) and all(isinstance(part, LowRank) for part in patch.parts)
 
@@ -385,7 +369,9 @@ def _shared_gates(patches: Iterable[Patch]) -> Iterator[Patch]:
     gates: dict[str, Any] = {}
     for patch in patches:
         parts = (
-            replace(part, gate=gates.setdefault(part.gate.digest, part.gate)) if part.kind == "steering" else part
+            replace(part, gate=gates.setdefault(part.gate.digest, part.gate))
+            if getattr(part, "gate", None) is not None
+            else part
             for part in patch.parts
         )
         yield replace(patch, parts=tuple(parts))
