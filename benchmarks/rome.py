@@ -29,7 +29,9 @@ import errata.files
 from errata.atlas.probes import fact_of, paraphrases
 from errata.atlas.requests import counterfactual_requests
 from errata.atlas.world import Fact, World, link, load_world
-from errata.bench.singles import Metric, Question, alone, judge_singles
+from errata.bench.ask import Question
+from errata.bench.cases import Kind, Probe
+from errata.bench.singles import alone, judge_singles
 from errata.bench.verify import environment
 from errata.editors import get_editor
 from errata.editors._weights import context_types, layer_index, statistics_of
@@ -40,21 +42,26 @@ OTHERS = 3  # facts asked about per edit, of other subjects and of the same one
 def questions_of(world: World, requests: list[errata.EditRequest], seed: int) -> list[Question]:
     """What single edits are asked, in `probe` phrasings; the facts beside them are of the edit's own split."""
     rng = random.Random(seed)
-    asked = []
+    asked: dict[tuple[str, Kind, str], Question] = {}
+
+    def add(request: errata.EditRequest, kind: Kind, prompt: str, *expected: str) -> None:
+        probe = Probe(kind, prompt, expected)
+        asked.setdefault((request.id, kind, prompt), Question(request.id, request.id, len(asked), probe))
+
     for request in requests:
         fact = fact_of(world, request)
         if fact is None:
             raise SystemExit(f"expected edits of Atlas's facts, found {request.text!r}")
-        asked.append(Question(request.id, "efficacy", request.text, request.target_new))
-        asked += [Question(request.id, "generalization", p, request.target_new) for p in paraphrases(world, fact, rng)]
+        add(request, "edit", request.text, request.target_new)
+        for prompt in paraphrases(world, fact, rng):
+            add(request, "paraphrase", prompt, request.target_new)
         same = [f for f in world.by_relation[fact.relation] if f.split == fact.split and f.subject != fact.subject]
         own = [f for f in world.by_subject[link(fact.subject)] if f.relation != fact.relation]
-        beside: dict[Metric, list[Fact]] = {"other_subjects": same, "other_relations": own}
-        for metric, facts in beside.items():
+        beside: dict[Kind, list[Fact]] = {"neighborhood": same, "other_relation": own}
+        for kind, facts in beside.items():
             for other in rng.sample(facts, min(len(facts), OTHERS)):
-                prompt = rng.choice(paraphrases(world, other, rng, aliases=False))
-                asked.append(Question(request.id, metric, prompt))
-    return list(dict.fromkeys(asked))
+                add(request, kind, rng.choice(paraphrases(world, other, rng, aliases=False)))
+    return list(asked.values())
 
 
 def editor_of(args: argparse.Namespace, options: dict[str, Any]) -> Any:

@@ -20,14 +20,14 @@ import errata
 from errata.atlas.probes import with_probes
 from errata.atlas.requests import counterfactual_requests
 from errata.atlas.world import load_world
-from errata.bench.probes import answers, probes_of
-from errata.model.generate import cut
+from errata.bench.probes import probes_of
+from errata.model.generate import greedy_answers
 
 
 def measure(model: Any, tokenizer: Any, patch: errata.Patch, probes: list[Any]) -> list[str]:
     """Every probe's answer under the patch."""
     with patch.attach(model, tokenizer):
-        return [cut(text) for text in answers(model, tokenizer, probes)]
+        return greedy_answers(model, tokenizer, [q.probe.prompt for q in probes])
 
 
 def main() -> int:

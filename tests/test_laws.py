@@ -20,6 +20,7 @@ from errata.edit import EditRequest
 from errata.editor import Editor
 from errata.errors import UnknownEditorError
 from errata.model.anatomy import anatomy
+from errata.model.attached import asked
 from errata.model.tokens import pad
 from errata.patch import Patch
 
@@ -31,8 +32,12 @@ QUICK: dict[str, dict[str, Any]] = {  # settings that make a fit a matter of a t
     "emmet": WEIGHTS,
     "compmemit": WEIGHTS | {"lam": 1.0},
     "steam": WEIGHTS,
+    "uniform": {"prompts": 6, "context_prompts": 3, "implication_prompts": 3, "radius": 1e6},
+    "actadd": {"prompts": 6, "radius": 1e6},
+    "icl": {"radius": 1e6},
 }
-CLOSED: dict[str, dict[str, Any]] = {"sake": {"radius": 1e-9}}  # nothing is in scope
+SCOPED = ("sake", "uniform", "actadd", "icl")
+CLOSED: dict[str, dict[str, Any]] = {method: {"radius": 1e-9} for method in SCOPED}  # nothing is in scope
 REQUESTS = (
     EditRequest(
         subject="The Space Needle", prompt="{} is located in the city of", target_true="Seattle", target_new="Goa"
@@ -63,7 +68,7 @@ class Bench:
     patches: list[Patch]
 
     def logits(self) -> Tensor:
-        batch = pad([self.tokenizer(t)["input_ids"] for t in TEXTS], 0)
+        batch = pad([self.tokenizer(t)["input_ids"] for t in asked(self.model, TEXTS)], 0)
         with torch.no_grad():
             return self.model(**batch.inputs(self.model)).logits
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from errata.bench.probes import exact
+from errata.bench.forced import exact
 from errata.bench.verify import logit_digests
 from errata.edit import EditRequest
 from errata.editors.sake import SAKE

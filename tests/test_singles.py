@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from errata.bench.singles import Question, alone, judge_singles
+from errata.bench.ask import Question
+from errata.bench.cases import Probe
+from errata.bench.singles import alone, judge_singles
 from errata.edit import EditRequest
 from errata.errors import RequestError
 from errata.low_rank import LowRank
@@ -28,6 +30,10 @@ def joint(model: Any, tokenizer: Any, n: int = 3) -> Patch:
     return Patch("hand", {}, asked, base, (part,), {r.id: {"i": i} for i, r in enumerate(asked)})
 
 
+def question(patch: Patch, kind: Any, index: int, prompt: str, *expected: str) -> Question:
+    return Question("", patch.ids[0], index, Probe(kind, prompt, expected))
+
+
 def test_rows_are_judged_as_patches_attached_one_by_one(tiny: Callable[..., Any], tokenizer: Any) -> None:
     model = tiny("gpt2")
     patches = alone(joint(model, tokenizer))
@@ -38,9 +44,9 @@ def test_rows_are_judged_as_patches_attached_one_by_one(tiny: Callable[..., Any]
             after.append([cut(text) for text in greedy(model, tokenizer, PROMPTS, 12)])
     kept = [[cut(b) == a for a, b in zip(own, before, strict=True)] for own in after]
     assert 0 < sum(map(sum, kept)) < 12, "some answers should change and some stay"
-    questions = [Question(p.ids[0], "other_subjects", prompt) for p in patches for prompt in PROMPTS]
+    questions = [question(p, "neighborhood", i, prompt) for p in patches for i, prompt in enumerate(PROMPTS)]
     for i, patch in enumerate(patches):  # what an edit makes the model say, expected of all edits
-        questions += [Question(p.ids[0], "efficacy", PROMPTS[i], after[i][i]) for p in patches if after[i][i]]
+        questions += [question(p, "edit", i, PROMPTS[i], after[i][i]) for p in patches if after[i][i]]
         assert patch.report == {patch.ids[0]: {"i": i}} and patch.low_rank[0].rank == 1
     for batch in (1, 5, 64):
         found = judge_singles(model, tokenizer, patches, questions[:12], batch)
@@ -57,4 +63,4 @@ def test_patches_of_several_edits_and_unknown_edits_are_refused(tiny: Callable[.
     with pytest.raises(RequestError, match="1 patches of 0 single edits"):
         judge_singles(model, tokenizer, [patch], [])
     with pytest.raises(RequestError, match="1 questions about others"):
-        judge_singles(model, tokenizer, alone(patch)[:1], [Question(patch.ids[1], "efficacy", "Tokyo", "Rome")])
+        judge_singles(model, tokenizer, alone(patch)[:1], [question(alone(patch)[1], "edit", 0, "Tokyo", "Rome")])

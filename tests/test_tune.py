@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from typer.testing import CliRunner, Result
 
 from conftest import END, tiny_model
-from errata.bench.probes import probes_of
+from errata.bench.probes import METRICS, probes_of
 from errata.bench.trials import ask_unedited, judge
 from errata.cli import app
 from errata.edit import EditRequest, write_requests
@@ -141,15 +141,17 @@ def test_trials_are_judged_as_generation_would(single: bool, tokenizer: PreTrain
     patch = ROME(layer=0, **QUICK).fit(model, tokenizer, REQUESTS)
     found = judge(model, tokenizer, patch, ask_unedited(model, tokenizer, REQUESTS), single=single, batch=5)
     probes = list(probes_of(REQUESTS))
-    before = greedy(model, tokenizer, [p.prompt for p in probes], 6)
+    before = greedy(model, tokenizer, [q.probe.prompt for q in probes], 6)
     alone = {r.id: get_only(patch, r.id) if single else patch for r in REQUESTS}
     said: dict[str, dict[str, list[bool]]] = {}
-    for probe, plain in zip(probes, before, strict=True):
-        with alone[probe.case].attach(model, tokenizer):
+    for question, plain in zip(probes, before, strict=True):
+        probe = question.probe
+        with alone[question.case].attach(model, tokenizer):
             [text] = greedy(model, tokenizer, [probe.prompt], 6)
-        same = text.lstrip().startswith(probe.expected or cut(plain))
-        if probe.expected or cut(plain):
-            said.setdefault(probe.kind, {}).setdefault(probe.case, []).append(same)
+        wanted = probe.expected[0] if probe.expected else cut(plain)
+        if wanted:
+            same = text.lstrip().startswith(wanted)
+            said.setdefault(METRICS[probe.kind], {}).setdefault(question.case, []).append(same)
     means = {kind: sum(sum(o) / len(o) for o in by.values()) / len(by) for kind, by in said.items()}
     assert found["efficacy"] == means["efficacy"] > 0
     assert found["generalization"] == pytest.approx(means["generalization"])
@@ -209,7 +211,7 @@ def test_tune_then_fit(method: str, layers: str, place: SimpleNamespace, tmp_pat
 
 def test_tune_says_what_it_lacks(place: SimpleNamespace, tmp_path: Path) -> None:
     without = run("tune", "-m", place.model)
-    assert without.exit_code == 2 and "no dev facts of its own" in without.stderr
+    assert without.exit_code == 2 and "for Atlas only" in without.stderr
     write_requests(tmp_path / "r.jsonl", [REQUESTS[0].model_copy(update={"target_true": "Nowhere at all"})])
     unknown = run("tune", "-m", place.model, "--requests", tmp_path / "r.jsonl", *SETS, "--out", tmp_path / "o.json")
     assert (

@@ -8,11 +8,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from errata.edit import EditRequest, Implication, read_requests, write_requests
     from errata.editors import available_editors, get_editor
+    from errata.editors.actadd import ActAdd, ActAddConfig
     from errata.editors.compmemit import CompMEMIT, CompMEMITConfig
     from errata.editors.emmet import EMMET, EMMETConfig
+    from errata.editors.icl import ICL, ICLConfig
     from errata.editors.memit import MEMIT, MEMITConfig
     from errata.editors.rome import ROME, ROMEConfig
     from errata.editors.sake import SAKE, SAKEConfig
+    from errata.editors.uniform import Uniform, UniformConfig
     from errata.model.loading import load
     from errata.patch import Patch, load_patch
 
@@ -23,16 +26,22 @@ _HOME = {
     "write_requests": "errata.edit",
     "available_editors": "errata.editors",
     "get_editor": "errata.editors",
+    "ActAdd": "errata.editors.actadd",
+    "ActAddConfig": "errata.editors.actadd",
     "CompMEMIT": "errata.editors.compmemit",
     "CompMEMITConfig": "errata.editors.compmemit",
     "EMMET": "errata.editors.emmet",
     "EMMETConfig": "errata.editors.emmet",
+    "ICL": "errata.editors.icl",
+    "ICLConfig": "errata.editors.icl",
     "MEMIT": "errata.editors.memit",
     "MEMITConfig": "errata.editors.memit",
     "ROME": "errata.editors.rome",
     "ROMEConfig": "errata.editors.rome",
     "SAKE": "errata.editors.sake",
     "SAKEConfig": "errata.editors.sake",
+    "Uniform": "errata.editors.uniform",
+    "UniformConfig": "errata.editors.uniform",
     "load": "errata.model.loading",
     "Patch": "errata.patch",
     "load_patch": "errata.patch",

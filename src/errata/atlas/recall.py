@@ -19,7 +19,7 @@ from errata.atlas import render
 from errata.atlas.corpus import Corpus
 from errata.atlas.names import Names
 from errata.atlas.world import Fact, World, load_world
-from errata.bench.probes import exact
+from errata.bench.forced import exact
 from errata.model.loading import load
 
 GOALS = {

@@ -21,7 +21,7 @@ from torch import Tensor
 from errata.bench.cases import Probe
 from errata.bench.fluency import sample
 from errata.errors import RequestError
-from errata.model.attached import CONTEXT, STEERED, asked, scoped, without_patches
+from errata.model.attached import CONTEXT, STEERED, asked, bare, scoped, without_patches
 from errata.model.generate import cut, ended, says
 from errata.model.room import check_room
 from errata.model.states import evaluating, input_device
@@ -57,12 +57,14 @@ def ask(
     seed: int = 0,
     batch: int = 64,
     wrap: Callable[[str], str] = str,
+    figures: bool = True,
 ) -> list[Row]:
     """A row for each question, in order: the columns of `rows.SCHEMA` from `case` on.
 
     patches: a patch for each edit, under which alone its questions are asked; None: the model as it stands. unedited: what
     the unedited model generates, by (case, index); where it lacks an answer that should stay, the model is asked without
-    its patches. wrap: what a prompt goes through first (`errata.model.tokens.wrapper`).
+    its patches. wrap: what a prompt goes through first (`errata.model.tokens.wrapper`). figures: False asks for the answers
+    only, and leaves out probabilities and gates.
 
     A probe passes if the model says the whole expected object under any of its names by greedy generation, or, where nothing
     is expected, gives its unedited answer. Kind "generation" is sampled, with the seed, and passes nothing; of kind "unrelated"
@@ -77,13 +79,15 @@ def ask(
     kinds: dict[str, tuple[Task, Any]] = {
         "generation": (partial(_sampled, seed=seed), patches),
         "unrelated": (_unrelated, patches),
-        "": (_answered, patches),
+        "": (partial(_answered, figures=figures), patches),
     }
     found: dict[int, Row] = {}
     for kind, (task, with_patches) in kinds.items():
         at = [i for i, q in enumerate(questions) if (q.probe.kind if q.probe.kind in kinds else "") == kind]
         found |= dict(zip(at, run([questions[i] for i in at], task, with_patches), strict=True))
     known = dict(unedited or {})
+    if patches is None and bare(model):
+        known = {(q.case, q.index): found[i]["generated"] for i, q in enumerate(questions) if _stays(q)} | known
     plain = [q for q in questions if _stays(q) and (q.case, q.index) not in known]
     with without_patches(model):
         for q, row in zip(plain, run(plain, partial(_answered, figures=False), None), strict=True):

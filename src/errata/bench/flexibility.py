@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from errata.bench.metrics import by_case, rate
+from errata.bench.verify import or_reason
 from errata.edit import EditRequest
 from errata.editor import Editor, Progress
 from errata.errors import RequestError
 from errata.merge import merge
-from errata.model.generate import cut, greedy, says
-from errata.model.tokens import pad, pad_id, token_ids
+from errata.model import attached
+from errata.model.generate import cut, greedy, next_logits, says
+from errata.model.tokens import pad_id, token_ids
 
 PROTOCOLS = {
     "old_answers.generate": "unedited greedy answer given again, on the edit prompt; mean over edits",
@@ -79,7 +81,7 @@ def flexibility(
         stack.enter_context(replace(undoing, base=patch.base).attach(model, tokenizer))
         states["inverse"] = asked.read(model, tokenizer)
     with patch.attach(model, tokenizer):
-        pass
+        asked.logits(model, tokenizer)  # what a pass under the patch might leave behind is what detaching must undo
     states["detached"] = asked.read(model, tokenizer)
     return {
         "method": editor.method,
@@ -119,7 +121,11 @@ class _Asked:
         wanted = [p for r in self.requests for p in (r.text, *r.paraphrase_prompts, *r.neighborhood_prompts)]
         prompts = list(dict.fromkeys(wanted))
         texts = greedy(model, tokenizer, prompts, self.length)
-        return _Read(dict(zip(prompts, texts, strict=True)), _next_logits(model, tokenizer, self.texts))
+        return _Read(dict(zip(prompts, texts, strict=True)), self.logits(model, tokenizer))
+
+    def logits(self, model: Any, tokenizer: Any) -> Tensor:
+        """(n, V) logits behind each text."""
+        return next_logits(model, token_ids(tokenizer, attached.asked(model, self.texts)), pad_id(tokenizer))
 
     def figures(self, plain: _Read, read: _Read) -> dict[str, Any]:
         """One state's figures by metric."""
@@ -133,22 +139,9 @@ class _Asked:
         found: dict[str, Any] = {}
         for name, cases in outcomes.items():
             figure = rate(by_case((c for c, _ in cases), (o for _, o in cases)).values(), PROTOCOLS[name])
-            found[name] = figure.json() if figure else {"value": None, "reason": "the requests carry no such prompts"}
+            found[name] = or_reason(figure, "the requests carry no such prompts")
         p, q = (x.logits.double().log_softmax(-1) for x in (plain, read))
         here, there = (x.logits.double() - x.logits.double().mean(-1, keepdim=True) for x in (plain, read))
         found["kl.prob"] = float((p.exp() * (p - q)).sum(-1).mean().clamp(min=0))
         found["distance.logits"] = float(((there - here).norm(dim=-1) / here.norm(dim=-1)).mean())
         return found
-
-
-def _next_logits(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 32) -> Tensor:
-    """(n, V) logits behind each text, on the CPU, always in the same batches."""
-    device = next(model.parameters()).device
-    ids = token_ids(tokenizer, texts)
-    found = []
-    for start in range(0, len(ids), batch):
-        rows = pad(ids[start : start + batch], pad_id(tokenizer), device, side="right")
-        with torch.no_grad():
-            logits = model(**rows.inputs(model), use_cache=False).logits.cpu()
-        found.append(logits[torch.arange(len(logits)), rows.lengths.cpu() - 1])
-    return torch.cat(found)

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from math import log, log2, sqrt
 from typing import Any
 
-import torch
-
 from errata.errors import ConfigError
 from errata.model.attached import asked
+from errata.model.generate import sampled
 from errata.model.room import check_room
-from errata.model.states import evaluating, input_device
-from errata.model.tokens import pad, pad_id, token_ids
+from errata.model.states import evaluating
+from errata.model.tokens import pad_id, token_ids
 
 PROTOCOL_FLUENCY = (
     "fluency.entropy: a third of the 2-gram and two thirds of the 3-gram entropy, bits x 100; mean over texts"
@@ -78,30 +77,20 @@ def sample(
     """One text from each prompt, `length` tokens with it, drawn among the `top_k` likeliest; what is attached acts.
 
     The end-of-text token is drawn like any other, as published, and left out of the text. NFKD-normalised, paragraphs
-    joined. An attached context stands before the prompt and is left out. The global random state, the model and the tokenizer stay as they are. Raises RequestError for too long a text.
+    joined. An attached context stands before the prompt and is left out of the text. The global random state, the model and the
+    tokenizer stay as they are. Raises RequestError for too long a text.
     """
     said = asked(model, prompts)
     own, rows = token_ids(tokenizer, prompts), token_ids(tokenizer, said)
-    new = max((length - len(row) for row in own), default=0)
-    check_room(model, rows, said, new=max(0, new))
-    batch = pad(rows, pad_id(tokenizer), input_device(model), "left")
-    generator = torch.Generator().manual_seed(seed)
-    inputs, cache, drawn = batch.inputs(model), None, []
-    with torch.no_grad(), evaluating(model):
-        for _ in range(max(0, new)):
-            output = model(**inputs, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            best, ids = output.logits[:, -1].float().cpu().topk(top_k, dim=-1)
-            token = ids.gather(1, torch.multinomial(best.softmax(-1), 1, generator=generator)).to(batch.ids.device)
-            drawn.append(token.cpu())
-            mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], 1)
-            inputs = {**inputs, "input_ids": token, "attention_mask": mask}
-            if "position_ids" in inputs:
-                inputs["position_ids"] = inputs["position_ids"][:, -1:] + 1
-    more = torch.cat(drawn, 1).tolist() if drawn else [[]] * len(rows)
+    new = [max(0, length - len(row)) for row in own]
+    for row, text, more in zip(rows, said, new, strict=True):
+        check_room(model, [row], [text], new=more)
+    lengths = [len(row) + more for row, more in zip(rows, new, strict=True)]
+    with evaluating(model):
+        done = sampled(model, rows, lengths, padding=pad_id(tokenizer), top_k=top_k, seed=seed)
     texts = [
-        tokenizer.decode((row + new)[: max(length, len(row))], skip_special_tokens=True)
-        for row, new in zip(own, more, strict=True)
+        tokenizer.decode([*mine, *text[len(row) :]], skip_special_tokens=True)
+        for mine, row, text in zip(own, rows, done, strict=True)
     ]
     return [unicodedata.normalize("NFKD", text).replace("\n\n", " ") for text in texts]
 

@@ -12,14 +12,15 @@ from math import exp, sqrt
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
-from errata.bench.metrics import Rate, by_case, rate
 from errata.bench.data.counterfact import CounterFactRecord
 from errata.bench.data.ripple import RippleRecord
+from errata.bench.forced import target_nll
+from errata.bench.metrics import Rate, by_case, rate
+from errata.bench.verify import or_reason
 from errata.errors import RecordError
 from errata.model.generate import greedy, says
-from errata.model.tokens import continuation_ids, pad, pad_id, token_ids
+from errata.model.tokens import token_ids
 
 PROTOCOLS = {
     "portability.generate": "whole answer that follows from the new object, under any of its names, by greedy generation; "
@@ -35,6 +36,8 @@ PROTOCOLS = {
     "portability_condition.generate": "whole answer to the fact about the new object itself, by greedy generation on the "
     "unedited model; mean over an edit's prompts, then over edits",
 }
+
+_NONE = "no probes"
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def figures(
         name = "portability_condition.generate"
         known = [i for i, holds in zip(range(len(outcomes)), conditions, strict=True) if holds]
         held = rate(by_case((o.probe.case for o in outcomes), conditions).values(), _named_in_full(name))
-        report |= {"known": _metrics([outcomes[i] for i in known]), "n_known": len(known), name: _or_reason(held)}
+        report |= {"known": _metrics([outcomes[i] for i in known]), "n_known": len(known), name: or_reason(held, _NONE)}
         if unedited is not None:
             still_open = [i for i in known if not unedited[i].answered]
             report |= {"open": _metrics([outcomes[i] for i in still_open]), "n_open": len(still_open)}
@@ -197,31 +200,6 @@ def paired_difference(
     )
 
 
-def target_nll(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_tokens: int = 4096) -> list[float]:
-    """Mean negative log probability, in nats per token, of each target behind its prompt, teacher-forced.
-
-    Source: Meng et al. 2022, section 3.4; exp(-nll) is the geometric mean of the target's token probabilities. Tokens as in
-    the joint string (one space between); right-padded; log-softmax in float32. Model and tokenizer are left as found.
-    """
-    device = next(model.parameters()).device
-    heads = token_ids(tokenizer, [prompt for prompt, _ in pairs])
-    tails = [continuation_ids(tokenizer, prompt, target) for prompt, target in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: len(heads[i]) + len(tails[i]), reverse=True)
-    found = [0.0] * len(pairs)
-    while order:
-        width = len(heads[order[0]]) + len(tails[order[0]])
-        chosen, order = order[: max(1, batch_tokens // width)], order[max(1, batch_tokens // width) :]
-        batch = pad([[*heads[i], *tails[i]] for i in chosen], pad_id(tokenizer), device)
-        with torch.no_grad():
-            logits = model(**batch.inputs(model), use_cache=False).logits
-        for row, i in enumerate(chosen):
-            start, n = len(heads[i]) - 1, len(tails[i])
-            logp = torch.log_softmax(logits[row, start : start + n].float(), -1)
-            ids = torch.tensor(tails[i], device=logp.device)
-            found[i] = -float(logp.gather(1, ids[:, None]).mean())
-    return found
-
-
 def _metrics(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     pairs = [(o, o.nll_before) for o in outcomes if o.nll_before is not None]
     cases = [o.probe.case for o, _ in pairs]
@@ -234,15 +212,11 @@ def _metrics(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "portability_magnitude.prob": _mean(margin, _named_in_full("portability_magnitude.prob")),
         "portability_target.prob": rate(target, _named_in_full("portability_target.prob")),
     }
-    return {name: _or_reason(value) for name, value in figure.items()}
+    return {name: or_reason(value, _NONE) for name, value in figure.items()}
 
 
 def _named_in_full(name: str) -> str:
     return f"{name}: {PROTOCOLS[name]}"
-
-
-def _or_reason(figure: Rate | None) -> dict[str, Any]:
-    return figure.json() if figure else {"value": None, "reason": "no probes"}
 
 
 def _means(cases: Iterable[str], values: Iterable[float]) -> list[float]:

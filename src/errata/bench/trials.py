@@ -9,16 +9,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from errata.bench.ask import Question
+from errata.bench.forced import forced
 from errata.bench.metrics import by_case, rate
-from errata.bench.probes import Probe, probes_of
-from errata.bench.singles import alone
+from errata.bench.probes import METRICS, probes_of
 from errata.edit import EditRequest
 from errata.model.generate import cut, greedy
-from errata.model.room import check_room
-from errata.model.tokens import continuation_ids, pad, pad_id, token_ids
-from errata.patch import Patch, attach_rows
+from errata.patch import Patch
 
 ANSWER_TOKENS = 6  # of an unedited answer that is compared
 
@@ -27,46 +24,32 @@ ANSWER_TOKENS = 6  # of an unedited answer that is compared
 class Asked:
     """Probes and what each should say. Probes whose unedited answer is empty are left out."""
 
-    probes: tuple[Probe, ...]
-    rows: tuple[tuple[int, ...], ...]  # prompt and expected answer
-    answers: tuple[tuple[int, ...], ...]  # the answer alone
+    probes: tuple[Question, ...]
+    answers: tuple[str, ...]
 
 
 def ask_unedited(model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> Asked:
     """The probes of the requests, neighbours with the unedited model's own answers. The model must carry no patch."""
     probes = list(probes_of(requests))
-    open_ones = [probe for probe in probes if probe.expected is None]
-    texts = greedy(model, tokenizer, [probe.prompt for probe in open_ones], ANSWER_TOKENS) if open_ones else []
-    own = dict(zip(open_ones, map(cut, texts), strict=True))
-    probes = [probe for probe in probes if probe.expected or own[probe]]
-    heads = token_ids(tokenizer, [probe.prompt for probe in probes])
-    answers = [tuple(continuation_ids(tokenizer, p.prompt, p.expected or own[p])) for p in probes]
-    rows = [(*head, *answer) for head, answer in zip(heads, answers, strict=True)]
-    check_room(model, [list(row) for row in rows], [probe.prompt for probe in probes])
-    return Asked(tuple(probes), tuple(rows), tuple(answers))
+    open_ones = list(dict.fromkeys(q.probe.prompt for q in probes if not q.probe.expected))
+    own = dict(zip(open_ones, map(cut, greedy(model, tokenizer, open_ones, ANSWER_TOKENS)), strict=True))
+    known = [(q, q.probe.expected[0] if q.probe.expected else own[q.probe.prompt]) for q in probes]
+    known = [(q, answer) for q, answer in known if answer]
+    return Asked(tuple(q for q, _ in known), tuple(answer for _, answer in known))
 
 
 def judge(
     model: Any, tokenizer: Any, patch: Patch, asked: Asked, *, single: bool, batch: int = 64
 ) -> dict[str, float | None]:
     """{efficacy, generalization, specificity}: means over edits; None without probes. single: each edit by itself."""
-    own_patch = {one.ids[0]: one for one in alone(patch)} if single else {}
-    order = sorted(range(len(asked.rows)), key=lambda i: len(asked.rows[i]))
-    said = [False] * len(order)
-    device = next(model.parameters()).device
+    pairs = [(q.probe.prompt, answer) for q, answer in zip(asked.probes, asked.answers, strict=True)]
+    own = {edit: patch.only(edit) for edit in patch.ids} if single else {}
+    patches = [own[q.edit] for q in asked.probes] if single else None
     with nullcontext() if single else patch.attach(model, tokenizer):
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            rows = pad([asked.rows[i] for i in chosen], pad_id(tokenizer), device)
-            own = [own_patch[asked.probes[i].case] for i in chosen] if single else []
-            with torch.no_grad(), attach_rows(model, tokenizer, own) if single else nullcontext():
-                best = model(**rows.inputs(model), use_cache=False).logits.argmax(-1).cpu()
-            for row, i in enumerate(chosen):
-                end, n = len(asked.rows[i]) - 1, len(asked.answers[i])
-                said[i] = best[row, end - n : end].tolist() == list(asked.answers[i])
+        said = [answer.whole for answer in forced(model, tokenizer, pairs, patches=patches, batch=batch)]
     found: dict[str, float | None] = {}
-    for kind in ("efficacy", "generalization", "specificity"):
-        at = [i for i, probe in enumerate(asked.probes) if probe.kind == kind]
-        figure = rate(by_case((asked.probes[i].case for i in at), (said[i] for i in at)).values(), kind)
-        found[kind] = figure.value if figure else None
+    for kind, metric in METRICS.items():
+        at = [i for i, q in enumerate(asked.probes) if q.probe.kind == kind]
+        figure = rate(by_case((asked.probes[i].case for i in at), (said[i] for i in at)).values(), metric)
+        found[metric] = figure.value if figure else None
     return found

@@ -10,16 +10,19 @@ import torch
 import transformers
 
 import errata
+from errata.bench.ask import ask
 from errata.bench.metrics import (
     PROTOCOL_EFFICACY,
     PROTOCOL_GENERALIZATION,
     PROTOCOL_LOCALITY,
     PROTOCOL_SPECIFICITY,
+    Rate,
     by_case,
     rate,
 )
-from errata.bench.probes import Probe, answers, probes_of
-from errata.model.generate import cut, says
+from errata.bench.probes import METRICS, probes_of
+from errata.model.attached import asked
+from errata.model.generate import cut
 from errata.model.room import check_room
 from errata.model.tokens import pad, pad_id, token_ids, wrapper
 from errata.patch import Patch
@@ -46,41 +49,41 @@ def verify(
     Returns the figures as JSON values: each metric {value, low, high, n, protocol}, or {value: None, reason} where there is
     nothing to ask; `by_relation`, `failures` (the probes that went wrong) and `restored` (logits bit for bit after detaching).
     """
-    probes = list(probes_of(requests if requests is not None else patch.requests))
+    questions = list(probes_of(requests if requests is not None else patch.requests))
     chat = bool(patch.config.get("chat"))
     wrap = wrapper(tokenizer, chat)
     unrelated = [wrap(text) for text in unrelated]
-    witnesses = [wrap(p.prompt) for p in probes[:8]]
+    witnesses = [wrap(q.probe.prompt) for q in questions[:8]]
     how = ", in the chat template" if chat else ""
     started = time.perf_counter()
     progress("asking the unedited model")
-    neighbours = [p for p in probes if p.kind == "specificity"]
-    before = (
-        dict(zip(neighbours, answers(model, tokenizer, neighbours, probes, wrap), strict=True)) if neighbours else {}
-    )
+    neighbours = [q for q in questions if q.probe.kind == "neighborhood"]
+    answers = ask(model, tokenizer, neighbours, wrap=wrap, figures=False)
+    before = {(q.case, q.index): row["generated"] for q, row in zip(neighbours, answers, strict=True)}
     plain = logit_digests(model, tokenizer, unrelated)
     witness = logit_digests(model, tokenizer, witnesses)
     with patch.attach(model, tokenizer):
         progress("asking the edited model")
-        after = dict(zip(probes, answers(model, tokenizer, probes, wrap=wrap), strict=True))
+        rows = ask(model, tokenizer, questions, unedited=before, wrap=wrap, figures=False)
         same = [a == b for a, b in zip(plain, logit_digests(model, tokenizer, unrelated), strict=True)]
     restored = all(a == b for a, b in zip(witness, logit_digests(model, tokenizer, witnesses), strict=True))
-    passed = {p: cut(after[p]) == cut(before[p]) if p.expected is None else says(after[p], p.expected) for p in probes}
     return {
         "n_edits": len(patch),
-        **{kind: _figure(probes, passed, kind, text + how) for kind, text in PROTOCOLS.items()},
-        "locality": _or_reason(rate(map(float, same), PROTOCOL_LOCALITY + how), "no unrelated texts were given"),
-        "by_relation": _by_relation(patch, probes, passed),
+        **{metric: _figure(rows, metric, text + how) for metric, text in PROTOCOLS.items()},
+        "locality": or_reason(
+            rate(map(float, same), PROTOCOL_LOCALITY + how), "no unrelated texts were given", **EMPTY
+        ),
+        "by_relation": _by_relation(patch, rows),
         "failures": [
             {
-                "kind": p.kind,
-                "edit": p.case,
-                "prompt": p.prompt,
-                "expected": p.expected or cut(before[p]),
-                "got": cut(after[p]),
+                "kind": METRICS[row["kind"]],
+                "edit": row["edit"],
+                "prompt": row["prompt"],
+                "expected": row["expected"][0] if row["expected"] else cut(row["unedited"]),
+                "got": cut(row["generated"]),
             }
-            for p in probes
-            if not passed[p]
+            for row in rows
+            if not row["passed"]
         ],
         "restored": restored,
         "seconds_verify": round(time.perf_counter() - started, 2),
@@ -104,30 +107,30 @@ def environment(model: Any) -> dict[str, Any]:
     }
 
 
-def _figure(probes: Sequence[Probe], passed: dict[Probe, bool], kind: str, protocol: str) -> dict[str, Any]:
-    asked = [p for p in probes if p.kind == kind]
-    figure = rate(by_case((p.case for p in asked), (passed[p] for p in asked)).values(), protocol)
-    found = _or_reason(figure, f"the requests carry no {kind} probes")
+EMPTY: dict[str, Any] = {"low": None, "high": None, "n": 0, "protocol": None}
+
+
+def or_reason(figure: Rate | None, reason: str, **empty: Any) -> dict[str, Any]:
+    """A figure as JSON values; where there is none, no value, what is `empty`, and why."""
+    return figure.json() if figure else {"value": None, **empty, "reason": reason}
+
+
+def _figure(rows: Sequence[dict[str, Any]], metric: str, protocol: str) -> dict[str, Any]:
+    asked = [row for row in rows if METRICS[row["kind"]] == metric]
+    figure = rate(by_case((row["case"] for row in asked), (row["passed"] for row in asked)).values(), protocol)
+    found = or_reason(figure, f"the requests carry no {metric} probes", **EMPTY)
     return found | {"n_probes": len(asked)} if asked else found
 
 
-def _or_reason(figure: Any, reason: str) -> dict[str, Any]:
-    return (
-        figure.json()
-        if figure
-        else {"value": None, "low": None, "high": None, "n": 0, "protocol": None, "reason": reason}
-    )
-
-
-def _by_relation(patch: Patch, probes: Sequence[Probe], passed: dict[Probe, bool]) -> dict[str, dict[str, Any]]:
+def _by_relation(patch: Patch, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     relation = {r.id: r.relation or "(none)" for r in patch.requests}
     table: dict[str, dict[str, Any]] = {}
     for name in sorted(set(relation.values())):
-        row: dict[str, Any] = {"n_edits": sum(r == name for r in relation.values())}
-        for kind in PROTOCOLS:
-            asked = [passed[p] for p in probes if p.kind == kind and relation[p.case] == name]
-            row[kind] = sum(asked) / len(asked) if asked else None
-        table[name] = row
+        found: dict[str, Any] = {"n_edits": sum(r == name for r in relation.values())}
+        for kind, metric in METRICS.items():
+            passed = [row["passed"] for row in rows if row["kind"] == kind and relation[row["case"]] == name]
+            found[metric] = sum(passed) / len(passed) if passed else None
+        table[name] = found
     return table
 
 
@@ -135,6 +138,7 @@ def logit_digests(model: Any, tokenizer: Any, texts: Sequence[str], batch: int =
     """A digest of the logits at every position of each text, in fixed batches."""
     found: list[bytes] = []
     device = next(model.parameters()).device
+    texts = asked(model, texts)
     ids = token_ids(tokenizer, texts)
     check_room(model, ids, texts)
     for start in range(0, len(texts), batch):

@@ -164,6 +164,29 @@ def is_atlas(name: str) -> bool:
     return name in bundled() or (Path(name).expanduser() / "recipe.json").is_file()
 
 
+def atlas_requests(model: str, n: int, seed: int, split: Any = "test", *, probes: bool = False) -> list[EditRequest]:
+    """Random counterfactual edits of Atlas's facts, with their probes if wanted. Raises ConfigError for another model."""
+    if not is_atlas(model):
+        raise ConfigError(
+            f"Atlas's counterfactual edits are for Atlas only, and the model is {model!r}; give --requests"
+        )
+    from errata.atlas.probes import with_probes
+    from errata.atlas.requests import counterfactual_requests
+    from errata.atlas.world import load_world
+
+    world = load_world()
+    made = counterfactual_requests(world, n, split=split, seed=seed)
+    return with_probes(world, made, seed) if probes else made
+
+
+def atlas_texts(n: int, seed: int, sealed: bool = False) -> list[str]:
+    """Texts of Atlas's that no edit is about."""
+    from errata.atlas.probes import unrelated_texts
+    from errata.atlas.world import load_world
+
+    return unrelated_texts(load_world(), n, seed, sealed) if n else []
+
+
 def writable(path: Path) -> Path:
     """The path, if a file can be written there: said before hours of work, not after. Raises ConfigError.
 

@@ -17,6 +17,8 @@ from errata.cli.common import (
     Seed,
     Settings,
     Threads,
+    atlas_requests,
+    atlas_texts,
     bar,
     emit,
     is_atlas,
@@ -28,8 +30,7 @@ from errata.cli.common import (
     table,
 )
 from errata.cli.fit import make_editor
-from errata.edit import EditRequest, read_requests
-from errata.errors import ConfigError
+from errata.edit import read_requests
 
 UNRELATED = 200
 
@@ -59,7 +60,7 @@ def flexibility(
     from errata.bench.flexibility import inverse
 
     editor = make_editor(method, preset, settings, config)
-    asked = read_requests(requests)[:n] if requests else _atlas_requests(model, n, seed)
+    asked = read_requests(requests)[:n] if requests else atlas_requests(model, n, seed, probes=True)
     editor.check(asked)
     editor.check([inverse(request) for request in asked])
     loaded, tokenizer = load(model, dtype, device_map, threads)
@@ -71,7 +72,7 @@ def flexibility(
             tokenizer,
             editor,
             asked,
-            _unrelated(model, seed),
+            atlas_texts(UNRELATED, seed) if is_atlas(model) else [],
             seed=seed,
             progress=lambda done, _: progress(done),
         )
@@ -104,25 +105,3 @@ def _print(value: dict[str, Any]) -> None:
     out().print(
         f"{value['n_edits']} edits at once by {value['method']}; detached: {after}", markup=False, soft_wrap=True
     )
-
-
-def _atlas_requests(model: str, n: int, seed: int) -> list[EditRequest]:
-    if not is_atlas(model):
-        raise ConfigError(
-            f"Atlas's counterfactual edits are for Atlas only, and the model is {model!r}; give --requests"
-        )
-    from errata.atlas.probes import with_probes
-    from errata.atlas.requests import counterfactual_requests
-    from errata.atlas.world import load_world
-
-    world = load_world()
-    return with_probes(world, counterfactual_requests(world, n, seed=seed), seed)
-
-
-def _unrelated(model: str, seed: int) -> list[str]:
-    if not is_atlas(model):
-        return []
-    from errata.atlas.probes import unrelated_texts
-    from errata.atlas.world import load_world
-
-    return unrelated_texts(load_world(), UNRELATED, seed)

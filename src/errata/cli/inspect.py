@@ -139,14 +139,16 @@ def show(
 
 
 def _edit(patch: Any, request: Any) -> dict[str, Any]:
-    """One edit's line: its steering parts (its own first, its implications after it) and its columns in weights.
+    """One edit's line: its steering parts (its own first, its implications after it), its columns in weights, its context.
 
     bytes: without the gate that edits share. rank: of each step's map, or the columns at each of `layers`; norm: Frobenius
     norm of the edit's own update of weights, over all layers, weight units.
     """
     parts = [part for part in patch.steering if part.edit == request.id]
     columns = [own for part in patch.low_rank if (own := part.only(request.id)) is not None]
-    size = sum(t.numel() * t.element_size() for part in (*parts, *columns) for t in part.tensors().values())
+    told = next((part for part in patch.context if part.edit == request.id), None)
+    every = (*parts, *columns, *((told,) if told else ()))
+    size = sum(t.numel() * t.element_size() for part in every for t in part.tensors().values())
     return {
         "id": request.id,
         "subject": request.subject,
@@ -154,12 +156,13 @@ def _edit(patch: Any, request: Any) -> dict[str, Any]:
         "prompt": request.text,
         "target_true": request.target_true,
         "target_new": request.target_new,
-        "kinds": sorted({part.kind for part in (*parts, *columns)}),
+        "kinds": sorted({part.kind for part in every}),
         "steps": len(parts[0].maps) if parts else None,
         "rank": [m.rank for m in parts[0].maps] if parts else [part.rank for part in columns],
         "bytes": size,
         "converged": patch.report.get(request.id, {}).get("converged"),
-        "radius": parts[0].radius if parts else None,
+        "radius": parts[0].radius if parts else told.radius if told else None,
+        "context": told.text if told else None,
         "n_implications": max(0, len(parts) - 1),
         "layers": [part.layer for part in columns],
         "sites": sorted({part.site for part in columns}),

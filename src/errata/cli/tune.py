@@ -18,9 +18,9 @@ from errata.cli.common import (
     Seed,
     Settings,
     Threads,
+    atlas_requests,
     bar,
     emit,
-    is_atlas,
     load,
     notice,
     out,
@@ -170,15 +170,7 @@ def _dev_edits(model: str, path: Path | None, n: int, seed: int) -> list[EditReq
             if not any(getattr(request, kind) for request in found):
                 notice(f"no request in {path} has {kind}, so the choice cannot mind them; add some")
         return found
-    if not is_atlas(model):
-        raise ConfigError(
-            f"{model!r} has no dev facts of its own, as Atlas has; give --requests with edits and their probes"
-        )
-    from errata.atlas.probes import with_probes
-    from errata.atlas.requests import counterfactual_requests
-    from errata.atlas.world import load_world
-
-    world, rng = load_world(), random.Random(seed)
+    rng = random.Random(seed)
     return [
         request.model_copy(
             update={
@@ -187,7 +179,7 @@ def _dev_edits(model: str, path: Path | None, n: int, seed: int) -> list[EditReq
                 )
             }
         )
-        for request in with_probes(world, counterfactual_requests(world, n, split="dev", seed=seed), seed)
+        for request in atlas_requests(model, n, seed, "dev", probes=True)
     ]
 
 

@@ -18,6 +18,8 @@ from errata.cli.common import (
     Seed,
     Settings,
     Threads,
+    atlas_requests,
+    atlas_texts,
     bar,
     emit,
     err,
@@ -57,7 +59,7 @@ def verify(
     settings: Settings = None,
     single: Annotated[
         bool,
-        typer.Option("--single", help="Judge each edit alone on the model (edits of weights, fitted independently)."),
+        typer.Option("--single", help="Judge each edit alone on the model (methods that fit edits independently)."),
     ] = False,
     unrelated: Annotated[int, typer.Option(min=0, help="Unrelated texts for locality.")] = 2000,
     texts: Annotated[Path | None, typer.Option("--texts", help="Your own unrelated texts, one a line.")] = None,
@@ -146,14 +148,7 @@ def _edits(
         return load_patch(patch), asked
     editor = make_editor(method or "", preset, settings, config)
     if not requests:
-        if not is_atlas(model):
-            raise ConfigError(
-                f"Atlas's counterfactual edits are for Atlas only, and the model is {model!r}; give --requests"
-            )
-        from errata.atlas.requests import counterfactual_requests
-        from errata.atlas.world import load_world
-
-        asked = counterfactual_requests(load_world(), n, seed=seed)
+        asked = atlas_requests(model, n, seed)
     editor.check(asked)
     return editor, asked
 
@@ -174,12 +169,7 @@ def _texts(path: Path | None, n: int, seed: int, sealed: bool) -> list[str]:
             return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         except UnicodeDecodeError as error:
             raise ConfigError(f"expected UTF-8 texts, one a line, in {path}: {error}") from None
-    if not n:
-        return []
-    from errata.atlas.probes import unrelated_texts
-    from errata.atlas.world import load_world
-
-    return unrelated_texts(load_world(), n, seed, sealed)
+    return atlas_texts(n, seed, sealed)
 
 
 def _ask(model: Any, tokenizer: Any, patch: Any, texts: list[str], requests: Any) -> dict[str, Any]:
@@ -193,10 +183,9 @@ def _refuse_joint(edits: Any) -> None:
     """Refuse to take apart what was written together. edits: an editor or a patch."""
     from errata.editors import get_editor
 
-    if getattr(edits, "steering", ()) or get_editor(edits.method).joint:
+    if get_editor(edits.method).joint:
         raise ConfigError(
-            f"--single judges edits that were fitted independently, by their weights, and {edits.method} edits "
-            f"{'are written together' if get_editor(edits.method).joint else 'act by their scope'}; leave it out"
+            f"--single judges edits that were fitted independently, and {edits.method} edits are written together; leave it out"
         )
 
 
@@ -204,22 +193,21 @@ def _ask_singly(model: Any, tokenizer: Any, patch: Any, requests: Any) -> dict[s
     """The figures of `errata.bench.verify`, as far as single edits have them."""
     from errata.bench.metrics import PROTOCOL_SPECIFICITY
     from errata.bench.probes import probes_of
-    from errata.bench.singles import Metric, Question, alone, judge_singles
-    from errata.bench.verify import environment, logit_digests
+    from errata.bench.singles import Metric, alone, judge_singles
+    from errata.bench.verify import EMPTY, environment, logit_digests, or_reason
 
     metrics: dict[str, Metric] = {
         "efficacy": "efficacy",
         "generalization": "generalization",
         "specificity": "other_subjects",
     }
-    probes = list(dict.fromkeys(probes_of(requests)))
-    questions = [Question(p.case, metrics[p.kind], p.prompt, p.expected) for p in probes]
-    witnesses, started = [p.prompt for p in probes[:8]], time.perf_counter()
+    questions = list({(q.edit, q.probe.kind, q.probe.prompt): q for q in probes_of(requests)}.values())
+    witnesses, started = [q.probe.prompt for q in questions[:8]], time.perf_counter()
     before = logit_digests(model, tokenizer, witnesses)
     with err().status("asking each edit alone"):
         rates = judge_singles(model, tokenizer, alone(patch), questions)
     figures: dict[str, Any] = {
-        kind: rates[metric].json() if metric in rates else _nothing(f"the requests carry no {kind} probes")
+        kind: or_reason(rates.get(metric), f"the requests carry no {kind} probes", **EMPTY)
         for kind, metric in metrics.items()
     }
     if figures["specificity"]["value"] is not None:
@@ -227,17 +215,13 @@ def _ask_singly(model: Any, tokenizer: Any, patch: Any, requests: Any) -> dict[s
     return {
         "n_edits": len(patch),
         **figures,
-        "locality": _nothing("unrelated texts are asked with all edits at once only"),
+        "locality": or_reason(None, "unrelated texts are asked with all edits at once only", **EMPTY),
         "by_relation": {},
         "failures": [],
         "restored": before == logit_digests(model, tokenizer, witnesses),
         "seconds_verify": round(time.perf_counter() - started, 2),
         "environment": environment(model),
     }
-
-
-def _nothing(reason: str) -> dict[str, Any]:
-    return {"value": None, "low": None, "high": None, "n": 0, "protocol": None, "reason": reason}
 
 
 def _print(value: dict[str, Any], failures: list[dict[str, Any]]) -> None:

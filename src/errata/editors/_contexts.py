@@ -12,8 +12,8 @@ from torch import Tensor
 
 from errata.editor import quiet
 from errata.errors import ConfigError
-from errata.model.states import input_device
-from errata.model.tokens import pad, pad_id, token_ids
+from errata.model.generate import sampled
+from errata.model.tokens import pad_id, token_ids
 
 BARE = "{}"
 ROME_LENGTHS = (5,) * 10 + (10,) * 10
@@ -84,7 +84,7 @@ def continuations(
 ) -> list[str]:
     """The model's own text from each start (token ids), sampled among the `top_k` likeliest until it has its length in tokens.
 
-    Special tokens are never sampled and not part of the text. Every step runs the whole rows with their own mask, no cache.
+    Special tokens are never sampled and not part of the text.
     The same seed gives the same texts; the global random state, the model and the tokenizer stay as they are.
     Raises ConfigError for a row that starts empty, a length below its start's, or top_k below 1.
     """
@@ -94,24 +94,11 @@ def continuations(
             f"expected one length per start, at least as long, and top_k of at least 1, found starts of "
             f"{[len(row) for row in rows]} tokens, lengths {list(lengths)}, top_k {top_k}."
         )
-    generator = torch.Generator().manual_seed(seed)
-    banned = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long)
     with quiet(model):
-        while open_rows := [i for i, row in enumerate(rows) if len(row) < lengths[i]]:
-            logits = _next_logits(model, [rows[i] for i in open_rows], pad_id(tokenizer))
-            logits[:, banned] = -torch.inf
-            best, ids = logits.topk(min(top_k, logits.shape[1]), dim=-1)
-            drawn = torch.multinomial(best.softmax(-1), 1, generator=generator)
-            for i, token in zip(open_rows, ids.gather(1, drawn)[:, 0].tolist(), strict=True):
-                rows[i].append(token)
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-
-
-def _next_logits(model: Any, rows: Sequence[Sequence[int]], padding: int) -> Tensor:
-    """(n, V) float32 on the CPU: logits after each row."""
-    batch = pad(rows, padding, input_device(model), "left")
-    output = model(**batch.inputs(model), use_cache=False)
-    return output.logits[:, -1].float().cpu()
+        done = sampled(
+            model, rows, lengths, padding=pad_id(tokenizer), top_k=top_k, seed=seed, banned=tokenizer.all_special_ids
+        )
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in done]
 
 
 def _start(tokenizer: Any) -> list[int]:

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from errata.edit import EditRequest, Implication
 from errata.editor import Editor, Progress, quiet
+from errata.editors._scope import Scope, gate_named
 from errata.errors import ConfigError
-from errata.maths.discriminant import logistic_plane
 from errata.maths.transport import LinearMap, gaussian_distance, gaussian_transport, mean_shift
 from errata.model.anatomy import anatomy
 from errata.model.fingerprint import base_of
@@ -38,9 +38,7 @@ from errata.model.tokens import chat, continuation_ids, token_ids, wrapper
 from errata.patch import Patch
 from errata.prompts import contexts
 from errata.prompts.sources import with_old_object
-from errata.scope.features import gate_features
-from errata.scope.gate import Gate, gate_for, load_gate
-from errata.scope.radius import others, radius_from_prompts
+from errata.scope.gate import Gate
 from errata.steering import Steering
 
 MINILM = "encoder:sentence-transformers/paraphrase-MiniLM-L6-v2"
@@ -173,39 +171,32 @@ class SAKE(Editor[SAKEConfig]):
         progress: Progress | None = None,
     ) -> Patch:
         """Fit every request on its own, on the model without any patch. Raises RequestError for what cannot be fitted."""
-        self.check(requests, model, tokenizer)
-        parts: list[Steering] = []
-        report: dict[str, dict[str, Any]] = {}
-        resolved = []
-        with quiet(model):
-            gate = self._gate(model, tokenizer)
-            for number, request in enumerate(requests, 1):
-                request = with_old_object(model, tokenizer, request, wrapper(tokenizer, self.config.chat))
-                fit = _Fit(self.config, model, tokenizer, gate, request, seed)
-                parts += [fit.edit(), *fit.implications()]
-                report[request.id] = fit.report
-                resolved.append(request)
-                if progress:
-                    progress(number, len(requests))
-        return Patch(self.method, asdict(self.config), tuple(resolved), base_of(model, tokenizer), tuple(parts), report)
-
-    def _gate(self, model: Any, tokenizer: Any) -> Gate:
-        """The gate that the configuration names."""
-        name, n_layers = self.config.gate, anatomy(model).n_layers
-        if name.startswith("encoder:"):
-            return Gate(encoder=name.removeprefix("encoder:"))
-        if name == "final":
-            return Gate(layers=("final",))
-        if name not in ("auto", "classifier"):
-            return load_gate(name, model, tokenizer)
-        gate = gate_for(model, tokenizer) if self.config.layer == "final" else None
-        if gate is None:
-            steered = n_layers - 1 if self.config.layer == "final" else int(self.config.layer) % n_layers
-            gate = Gate(layers=(min(round(n_layers * 0.6), n_layers - 1, steered),))  # it decides before it is needed
-        return gate if name == "auto" else replace(gate, distance="linear", radius=None)
+        return fit_each(self, self.config, SteeringFit, model, tokenizer, requests, seed, progress)
 
 
-class _Fit:
+def fit_each(
+    editor: Editor[Any], config: SAKEConfig, kind: type["SteeringFit"], model: Any, tokenizer: Any,
+    requests: Sequence[EditRequest], seed: int, progress: Progress | None,
+) -> Patch:  # fmt: skip
+    """The editor's patch with the parts that a `kind` of fit makes of each request by itself, in SAKE's settings."""
+    editor.check(requests, model, tokenizer)
+    parts: list[Steering] = []
+    report: dict[str, dict[str, Any]] = {}
+    resolved = []
+    with quiet(model):
+        gate = gate_named(config.gate, model, tokenizer, config.layer)
+        for number, request in enumerate(requests, 1):
+            request = with_old_object(model, tokenizer, request, wrapper(tokenizer, config.chat))
+            fit = kind(config, model, tokenizer, gate, request, seed)
+            parts += [fit.edit(), *fit.implications()]
+            report[request.id] = fit.report
+            resolved.append(request)
+            if progress:
+                progress(number, len(requests))
+    return Patch(editor.method, asdict(editor.config), tuple(resolved), base_of(model, tokenizer), tuple(parts), report)
+
+
+class SteeringFit:
     """One request's fit: the texts, their states, the maps, the scope, and the report."""
 
     def __init__(self, config: SAKEConfig, model: Any, tokenizer: Any, gate: Gate, request: EditRequest, seed: int):
@@ -213,6 +204,7 @@ class _Fit:
         self.request, self.seed = request, seed
         parts = anatomy(model)
         parts.site(config.layer)  # an unknown layer is refused before any work
+        self.scope = Scope(model, tokenizer, gate, config.radius, config.reach, self._wrap, config.token)
         self.head = parts.module(model, parts.head) if parts.head else None
         self.report: dict[str, Any] = {"target_true": request.target_true}
         self._seen: dict[str, Tensor] = {}  # raw gate features of texts whose states were read
@@ -313,8 +305,7 @@ class _Fit:
         """(n, k) the gate's points of the prompts: read along with their states where that is possible."""
         if all(p in self._seen for p in prompts):
             return self.gate.points(torch.stack([self._seen[p] for p in prompts]))
-        texts = [self._wrap(p) for p in prompts]
-        return self.gate.points(gate_features(self.model, self.tokenizer, texts, self.gate, self.config.token))
+        return self.scope.points(prompts)
 
     def _said(self, states: Tensor, answer: list[int]) -> Tensor:
         """(n,) whether the unedited model, at these states, says the answer token by token."""
@@ -446,40 +437,11 @@ class _Fit:
         note["rank"], note["truncation_error"] = [step.rank for step in maps], max(step.error for step in maps)
         own = self.request.text if key == self.request.key else prompts[0]
         spread = min(wordings, len(prompts)) >= (WORDINGS if key == self.request.key else CONSEQUENCE_WORDINGS)
-        centre, radius = self._ball(self._points(prompts), self._points([own])[0], spread, note)
+        centre, radius = self.scope.ball(self.request, self._points(prompts), self._points([own])[0], spread, note)
         return Steering(
             edit=self.request.id, key=key, gate=self.gate, centre=centre, radius=float(radius),
             target_ids=tuple(answer), maps=tuple(maps), site=self.config.layer,
         )  # fmt: skip
-
-    def _ball(self, points: Tensor, own: Tensor, spread: bool, note: dict[str, Any]) -> tuple[Tensor, float]:
-        """Centre (k,) and radius of the edit's scope: given, calibrated, learned, or from its own prompts and stock texts.
-
-        spread: whether the points tell how far apart wordings lie: then a calibrated radius, made for the widest relation, is
-        cut to `reach` times the distance of the farthest.
-        A few odd fit_prompts must not pull the centre away from what the edit is about: where its own prompt (`own`, (k,))
-        would lie farther out than half the radius, the centre moves towards it.
-        """
-        if self.gate.distance == "linear":
-            texts = [self._wrap(text) for text in others(self.request)]
-            outside = self.gate.points(gate_features(self.model, self.tokenizer, texts, self.gate, self.config.token))
-            weight, radius = logistic_plane(points, outside)
-            return weight.float(), radius
-        centre = self.gate.centre(points)
-        given = self.config.radius if self.config.radius is not None else self.gate.radius
-        if given is not None:
-            for share in torch.linspace(0, 1, 21).tolist():
-                moved = self.gate.centre(torch.stack([(1 - share) * centre, share * own]) * 2) if share else centre
-                if self.gate.distances(own[None], moved[None]).item() <= given / 2:
-                    break
-            note |= {"centre_moved": share} if share else {}
-            if self.config.reach is not None and self.config.radius is None and spread:
-                given = min(given, self.config.reach * float(self.gate.distances(points, moved[None]).max()))
-            return moved, given
-        note["radius_from"] = "own prompts against stock texts (`errata calibrate` makes a calibrated gate)"
-        return centre, radius_from_prompts(
-            self.model, self.tokenizer, self.gate, points, centre, self.request, self._wrap, self.config.token
-        )
 
     def _map(self, source: Tensor, target: Tensor) -> LinearMap:
         config = self.config

@@ -20,6 +20,11 @@ def asked(model: Any, prompts: Sequence[str]) -> list[str]:
     return list(prompts) if table is None else list(table.asked(prompts))
 
 
+def bare(model: Any) -> bool:
+    """Whether nothing is attached; what is merged into weights does not count."""
+    return not any(name in vars(model) for name in (STEERED, ATTACHED, CONTEXT))
+
+
 def by_row(model: Any) -> bool:
     """Whether each row of a batch has a patch of its own, so that rows must stay in their order."""
     table = vars(model).get(ATTACHED)

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from errata.model.attached import asked, by_row
 from errata.model.room import check_room
+from errata.model.states import input_device
 from errata.model.tokens import pad, pad_id, token_ids
 
 STOPS = (".", "\n", "?", "!", ";")
@@ -81,3 +83,45 @@ def greedy(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: i
 def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 16) -> list[str]:
     """The greedy answer to each prompt, cut at its end; an empty string where the model says nothing."""
     return [cut(text) for text in greedy(model, tokenizer, prompts, max_new_tokens)]
+
+
+def next_logits(model: Any, rows: Sequence[Sequence[int]], padding: int, batch: int = 32) -> Tensor:
+    """(n, V) logits behind each row of token ids, on the CPU, always in the same batches."""
+    found = []
+    for start in range(0, len(rows), batch):
+        chunk = pad(rows[start : start + batch], padding, input_device(model), "left")
+        with torch.no_grad():
+            found.append(model(**chunk.inputs(model), use_cache=False).logits[:, -1].cpu())
+    return torch.cat(found)
+
+
+def sampled(
+    model: Any, rows: Sequence[Sequence[int]], lengths: Sequence[int], *, padding: int, top_k: int, seed: int,
+    banned: Sequence[int] = (),
+) -> list[list[int]]:  # fmt: skip
+    """Each row of token ids, continued until it has its length with tokens drawn among the `top_k` likeliest.
+
+    banned: ids that are never drawn. What is attached acts. The same seed gives the same texts; the global random state and the
+    model stay as they are. A row that has its length already comes back as it is.
+    """
+    done = [list(row) for row in rows]
+    if not any(len(row) < n for row, n in zip(done, lengths, strict=True)):
+        return done
+    never, generator = torch.tensor(sorted(set(banned)), dtype=torch.long), torch.Generator().manual_seed(seed)
+    inputs, cache = pad(rows, padding, input_device(model), "left").inputs(model), None
+    with torch.no_grad():
+        while left := [i for i, row in enumerate(done) if len(row) < lengths[i]]:
+            output = model(**inputs, past_key_values=cache, use_cache=True)
+            logits, cache = output.logits[:, -1].float().cpu(), output.past_key_values
+            logits[:, never] = -torch.inf
+            best, ids = logits[left].topk(min(top_k, logits.shape[1]), dim=-1)
+            drawn = ids.gather(1, torch.multinomial(best.softmax(-1), 1, generator=generator))[:, 0].tolist()
+            token = torch.full_like(inputs["input_ids"][:, -1:], padding)
+            for i, new in zip(left, drawn, strict=True):
+                done[i].append(new)
+                token[i] = new
+            mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], 1)
+            inputs = {**inputs, "input_ids": token, "attention_mask": mask}
+            if "position_ids" in inputs:
+                inputs["position_ids"] = inputs["position_ids"][:, -1:] + 1
+    return done

@@ -58,5 +58,10 @@ def supposed(statement: str, implication: str, wording: int = 0) -> str:
     return frame.replace("{s}", _inside(statement)).replace("{c}", _inside(implication))
 
 
+def imagined(statement: str) -> str:
+    """The request to imagine a statement, to stand before any prompt (RippleEdits' in-context baseline)."""
+    return f"Imagine that {_inside(statement)}{'' if statement.endswith('.') else '.'}\n"
+
+
 def _inside(prompt: str) -> str:
     return _after(",", prompt)
