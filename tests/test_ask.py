@@ -37,10 +37,11 @@ def patches_of(model: PreTrainedModel, tokenizer: Any) -> dict[str, Patch]:
         request = EditRequest(prompt=prompt, target_new=new, target_true="Mars")
         [ids] = token_ids(tokenizer, [prompt])
         target = tuple(continuation_ids(tokenizer, prompt, new))
-        gate = Gate(layers=(0,))
+        gate, stop = Gate(layers=(0,)), tuple(token_ids(tokenizer, ["."])[0])
+        told = {"gate": gate, "radius": 0.05, "edit": request.id, "key": request.key, "closing": stop}
         parts: list[Any] = []
         if i != 1:
-            parts.append(steering_part(model, ids, target, gate=gate, radius=0.05, edit=request.id, key=request.key))
+            parts.append(steering_part(model, ids, target, **told))
         if i in (1, 2):
             d = model.config.hidden_size
             m = model.get_submodule(site).weight.numel() // d
@@ -50,9 +51,7 @@ def patches_of(model: PreTrainedModel, tokenizer: Any) -> dict[str, Patch]:
             whole = Patch("hand", {}, (request,), base_of(model, tokenizer), (parts[1],))
             with whole.attach(model, tokenizer):
                 centre = prefix_points(model, ids, gate)[-1]
-            parts[0] = steering_part(
-                model, ids, target, gate=gate, radius=0.05, centre=centre, edit=request.id, key=request.key
-            )
+            parts[0] = steering_part(model, ids, target, centre=centre, **told)
         found[request.id] = Patch("hand", {}, (request,), base_of(model, tokenizer), tuple(parts))
     return found
 

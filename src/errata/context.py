@@ -129,19 +129,14 @@ class ContextTable:
     def decide(self, prompts: Sequence[str], own: Sequence[str] | None = None) -> list[Decision]:
         """Which edit's context each prompt gets and how far it was; own: an edit for each prompt, asked about besides.
 
-        What has no scope is at distance 0 of a radius without end.
+        Contexts without a scope decide nothing.
         """
         winner, nearest, distance, points = self._decide(prompts)
         decisions = []
         for i, row in enumerate(self._of(prompts)):
-            standing = next((part for part in row if part.gate is None), None)
-            w, n = (int(x[i]) for x in (winner, nearest))
-            if standing is not None and w == CLOSED:
-                found = Decision(standing.edit, standing.edit, 0.0, float("inf"))
-            elif n == CLOSED:
-                found = Decision(None, None, float("inf"), float("nan"))
-            else:
-                edit = self._parts[w].edit if w != CLOSED else None
+            found = Decision(None, None, float("inf"), float("nan"))
+            if (n := int(nearest[i])) != CLOSED:
+                edit = self._parts[int(winner[i])].edit if int(winner[i]) != CLOSED else None
                 found = Decision(edit, self._parts[n].edit, float(distance[i]), float(self._parts[n].radius or 0.0))
             mine = next((p for p in row if own and p.edit == own[i] and p.gate and p.centre is not None), None)
             if mine is not None and mine.gate is not None and mine.centre is not None:

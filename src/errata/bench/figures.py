@@ -5,7 +5,7 @@ of its own, the same in every figure; names stand at the ends of lines, not in a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, isnan, nan, pi
 from typing import Any
 
@@ -17,20 +17,33 @@ from matplotlib.ticker import FuncFormatter
 from errata.errors import RequestError
 from errata.locate.figures import new_figure
 
+Line = str | tuple[int, tuple[float, ...]]
+
 
 @dataclass(frozen=True)
 class Style:
-    """How a method is drawn."""
+    """How a method is drawn. A variant of a method ("sake-paper") has its colour and marker, hollow, and another line."""
 
     colour: str
     marker: str
-    line: str | tuple[int, tuple[int, ...]]
+    line: Line
+    hollow: bool = False
+
+    @property
+    def face(self) -> str:
+        """The marker's inside."""
+        return "white" if self.hollow else self.colour
 
 
 # Okabe and Ito 2008, without yellow, which is too light for lines on paper.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
 GREY = "#767676"
-SOLID, DASHED, DOTTED, DASHDOT, LONG = "-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2))
+SOLID: Line = "-"
+DASHED: Line = (0, (4, 2))
+DOTTED: Line = (0, (1, 1.5))
+DASHDOT: Line = (0, (5, 1.5, 1, 1.5))
+LONG: Line = (0, (8, 2))
+LINES = (SOLID, DASHED, DASHDOT, DOTTED, LONG)
 STYLES: Mapping[str, Style] = {
     "sake": Style(BLUE, "o", SOLID),
     "rome": Style(RED, "s", DASHED),
@@ -40,10 +53,10 @@ STYLES: Mapping[str, Style] = {
     "uniform": Style(ORANGE, "P", DASHED),
     "actadd": Style(ORANGE, "X", DOTTED),
     "icl": Style(GREY, "*", DASHDOT),
-    "unedited": Style(GREY, "", DOTTED),
+    "unedited": Style(GREY, "|", DOTTED),
 }
-SPARE = tuple(Style(c, m, s) for c, m, s in zip(
-    (BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK), "osD^vPX", (SOLID, DASHED, DASHDOT, DOTTED, LONG, SOLID, DASHED), strict=True
+SPARE = tuple(Style(colour, marker, LINES[i % 5]) for i, (colour, marker) in enumerate(
+    zip((BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK), "osD^vPX", strict=True)
 ))  # fmt: skip
 SMALL = 8
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f}")
@@ -68,22 +81,22 @@ class Series:
     style: str = ""
 
 
-def style_of(name: str, number: int = 0) -> Style:
-    """A method's style, by the longest known beginning of its label ("sake-paper" is SAKE's); else a spare one."""
-    known = max((k for k in STYLES if name.startswith(k)), key=len, default="")
-    return STYLES[known] if known else SPARE[number % len(SPARE)]
+def styles_of(labels: Sequence[str]) -> dict[str, Style]:
+    """A style for each label: a method's own, a variant's like its method's but hollow, a spare one for anything else.
 
-
-def distinct(labels: Sequence[str]) -> dict[str, Style]:
-    """A style for each label; where two would be drawn alike, the later one gets a spare style."""
-    found: dict[str, Style] = {}
-    for number, label in enumerate(labels):
-        style = style_of(label, number)
-        spare = iter(SPARE)
-        while style in found.values():
-            style = next(spare, Style(BLACK, "$%d$" % (number % 10), SOLID))
-        found[label] = style
-    return found
+    No two are alike while there are styles left.
+    """
+    found: dict[str, Style] = {name: STYLES[name] for name in labels if name in STYLES}
+    for number, name in enumerate(labels):
+        if name in found:
+            continue
+        method = max((known for known in STYLES if name.startswith(f"{known}-")), key=len, default="")
+        own = STYLES.get(method)
+        wanted = [replace(own, line=line, hollow=True) for line in LINES if line != own.line] if own else []
+        spare = [SPARE[(number + i) % len(SPARE)] for i in range(len(SPARE))]
+        taken = list(found.values())
+        found[name] = next((style for style in (*wanted, *spare) if style not in taken), SPARE[number % len(SPARE)])
+    return {name: found[name] for name in labels}
 
 
 def curves(
@@ -94,12 +107,14 @@ def curves(
     log: bool = False,
     ticks: Sequence[float] | None = None,
     low: float | None = None,
-    marks: Mapping[str, float] | None = None,
+    marks: Mapping[str, Mapping[str, float]] | None = None,
+    shared: bool = True,
 ) -> Figure:
     """Lines with 95 % bands, a panel for each title, shares as per cent on one scale.
 
     log: x on a logarithmic scale (symmetric around 0, so that 0 has a place); ticks: of x; low: where the scale of y begins
-    (default: 0); marks: named places on the x axis, a thin vertical line each. Raises RequestError without a point.
+    (default: 0); marks: named places on the x axis of a panel, a thin vertical line each; shared: whether one scale of x serves
+    all panels. Raises RequestError without a point.
     """
     shown = {title: [s for s in series if s.points] for title, series in panels.items()}
     if not any(shown.values()):
@@ -107,17 +122,17 @@ def curves(
     columns = min(3, len(shown))
     rows = ceil(len(shown) / columns)
     figure = new_figure(1.0 + 3.3 * columns, 0.5 + 2.7 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    styles = distinct(list(dict.fromkeys(s.style or s.label for series in shown.values() for s in series)))
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=shared, sharey=True)
+    styles = styles_of(list(dict.fromkeys(s.style or s.label for series in shown.values() for s in series)))
     for axes, (title, series) in zip(grid.flat, shown.items(), strict=False):
         if log:
             axes.set_xscale("symlog", linthresh=1)
         for one in series:
             _line(axes, one, styles[one.style or one.label])
-        for name, x in (marks or {}).items():
+        for name, x in (marks or {}).get(title, {}).items():
             axes.axvline(x, color=GREY, linewidth=0.8, linestyle=(0, (2, 2)))
-            axes.annotate(name, (x, 1), xycoords=("data", "axes fraction"), xytext=(2, -2), textcoords="offset points",
-                          fontsize=SMALL - 1, color=GREY, va="top", rotation=90)  # fmt: skip
+            axes.annotate(name, (x, 0), xycoords=("data", "axes fraction"), xytext=(-2, 3), textcoords="offset points",
+                          fontsize=SMALL - 1, color=GREY, va="bottom", ha="right", rotation=90)  # fmt: skip
         if ticks is not None:
             axes.set_xticks(list(ticks), labels=[f"{t:g}" for t in ticks])
             axes.minorticks_off()
@@ -178,15 +193,16 @@ def radar(scores: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> 
     """
     if len(metrics) < 3 or not scores:
         raise RequestError(f"expected at least three metrics and a method, found {len(metrics)} and {len(scores)}.")
-    figure = new_figure(6.4, 5.0)
+    figure = new_figure(7.0, 5.0)
+    figure.get_layout_engine().set(w_pad=0.25)  # type: ignore[union-attr, call-arg]  # labels lie outside the axes
     axes: Any = figure.add_subplot(projection="polar")
     axes.set_theta_offset(pi / 2)
     axes.set_theta_direction(-1)
     angles = [2 * pi * i / len(metrics) for i in range(len(metrics))]
-    for label, style in distinct(list(scores)).items():
+    for label, style in styles_of(list(scores)).items():
         values = [scores[label].get(m, nan) for m in metrics]
         axes.plot([*angles, angles[0]], [*values, values[0]], color=style.colour, linestyle=style.line, marker=style.marker,
-                  markersize=4, linewidth=1.5, label=label)  # fmt: skip
+                  markersize=4, markerfacecolor=style.face, linewidth=1.5, label=label)  # fmt: skip
     axes.set_xticks(angles, labels=metrics, fontsize=SMALL + 1)
     for angle, text in zip(angles, axes.get_xticklabels(), strict=True):
         text.set_horizontalalignment(
@@ -195,6 +211,7 @@ def radar(scores: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> 
     axes.set_ylim(0, 1)
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], labels=["25", "50", "75", "100"], fontsize=SMALL - 1, color=GREY)
     axes.set_rlabel_position(180 / len(metrics))
+    axes.tick_params(axis="x", pad=6)
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.spines["polar"].set_color("#BBBBBB")
     figure.legend(loc="outside right center", fontsize=SMALL, frameon=False, handlelength=3.5)
@@ -211,15 +228,17 @@ def dots(rows: Mapping[str, Mapping[str, tuple[float, float, float]]], metrics: 
     names = list(rows)
     figure = new_figure(1.3 + 1.7 * len(metrics), 0.8 + 0.27 * len(names))
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-    styles = distinct(names)
+    styles = styles_of(names)
     for axes, metric in zip(panels, metrics, strict=True):
         for y, name in enumerate(names):
             if metric not in rows[name] or isnan(rows[name][metric][0]):
                 continue
             value, low, high = rows[name][metric]
-            colour = styles[name].colour
+            colour, style = styles[name].colour, styles[name]
             axes.plot([low, high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
-            axes.plot(value, y, marker=styles[name].marker or "|", color=colour, markersize=5.5, linestyle="")
+            axes.plot(
+                value, y, marker=style.marker, color=colour, markerfacecolor=style.face, markersize=5.5, linestyle=""
+            )
         axes.set_title(metric, fontsize=SMALL, loc="left")
         axes.set_xlim(-0.03, 1.03)
         axes.set_xticks([0, 0.5, 1.0])

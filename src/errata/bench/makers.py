@@ -139,13 +139,17 @@ class Pieces:
     @classmethod
     def of_cases(cls, cases: Sequence[Case]) -> "Pieces":
         """Stock sentences, and the original facts of the cases."""
-        stock = json.loads((files("errata.scope") / "stock.json").read_text(encoding="utf-8"))
         known = [c.request for c in cases if c.request.target_true]
         return cls(
-            tuple(stock["texts"]),
+            stock_texts(),
             tuple(f"{r.text} {r.target_true}." for r in known),
             tuple(f"User: {QUESTION_FRAMES[1].format(p=r.text)} Assistant: {r.target_true}.\n" for r in known),
         )
+
+
+def stock_texts() -> tuple[str, ...]:
+    """Plain sentences that state no fact of any data set."""
+    return tuple(json.loads((files("errata.scope") / "stock.json").read_text(encoding="utf-8"))["texts"])
 
 
 def lengths_up_to(bound: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 from errata.bench.preset import Method
 from errata.editors import get_editor
 from errata.files import cache_directory, write_atomically
+from errata.model.anatomy import anatomy
 
 MODEL = "model"
 
@@ -26,7 +27,10 @@ def is_atlas(model_name: str) -> bool:
 
 
 def resolved(method: Method, model: Any, model_name: str) -> Method:
-    """The method with `preset="model"` replaced by a preset's name, by none, or by STEAM's options; any other as it is."""
+    """The method with `preset="model"` replaced by a preset's name, by none, or by STEAM's options; any other as it is.
+
+    STEAM's change "depth", a first and a last share of the layers, becomes the aligned layers of this model.
+    """
     if method.preset != MODEL:
         return method
     from errata.editors._models import for_model
@@ -34,11 +38,15 @@ def resolved(method: Method, model: Any, model_name: str) -> Method:
     row = for_model(model)
     name = row.name if row else ""
     if method.editor == "steam":
-        base = get_editor(str(method.changes.get("base", "rome")))
-        options: dict[str, Any] = {k: v for k, v in base.presets.get(name, {}).items()}
+        changes = dict(method.changes)
+        options = dict(get_editor(str(changes.get("base", "rome"))).presets.get(name, {}))
         if is_atlas(model_name):
             options["references"] = str(atlas_references())
-        return replace(method, preset=None, changes={**options, **method.changes})
+        if (depth := changes.pop("depth", None)) is not None:
+            n = anatomy(model).n_layers
+            first = min(n - 1, round(depth[0] * n))
+            options["aligned"] = (first, min(n - 1, max(first, round(depth[1] * n) - 1)))
+        return replace(method, preset=None, changes={**options, **changes})
     return replace(method, preset=name if name in get_editor(method.editor).presets else None)
 
 
@@ -48,7 +56,9 @@ def atlas_references() -> Path:
     from errata.atlas.world import load_world
 
     lines = [
-        json.dumps({"subject": r.subject, "relation": r.relation, "object": r.object, "prompt": r.prompt}, ensure_ascii=False)
+        json.dumps(
+            {"subject": r.subject, "relation": r.relation, "object": r.object, "prompt": r.prompt}, ensure_ascii=False
+        )
         for r in references(load_world())
     ]
     text = "".join(f"{line}\n" for line in lines)

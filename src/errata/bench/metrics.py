@@ -93,7 +93,7 @@ def difference(
         low, high = (-share[1], share[1]) if not value else (share[0], 1.0) if value > 0 else (-1.0, -share[0])
         how = "Wilson of the share of cases that differ"
     unit: Unit = "difference" if chosen.unit == "fraction" else chosen.unit
-    return Rate(value, low, high, n, f"{a} minus {b}, paired: {chosen.protocol}", how, unit=unit)
+    return Rate(value, low, high, n, f"paired difference: {chosen.protocol}", how, unit=unit)
 
 
 def by_tag(rows: "DataFrame", metric: str | Metric, method: str, tag: str, **options: Any) -> dict[str, Rate]:

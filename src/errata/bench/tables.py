@@ -62,7 +62,7 @@ class Table:
         for i, heading in enumerate(self._headings()):
             made.add_column(Text(heading), justify="right" if i else "left", overflow="fold")
         for line in self._lines():
-            made.add_row(*(Text(cell) for cell in line))
+            made.add_row(*(Text(cell.replace(" [", "\n[")) for cell in line))
         return made
 
     def markdown(self) -> str:
@@ -114,13 +114,12 @@ class Table:
         ]
         found = [line for line in self.note.split("\n") if line]
         if rates:
-            how = "ʷ marks Wilson's interval, which stands in where cases are few or all agree"
-            marked = any(rate.interval.startswith("Wilson") for _, rate in rates)
             n = self._common_n()
-            found.append(
-                f"Brackets: 95 % intervals over cases (bootstrap{f'; {how}' if marked else ''}). n = {n}"
-                f"{' except where a cell says' if any(rate.n != n for _, rate in rates) else ''}."
-            )
+            ways = dict.fromkeys(rate.interval for _, rate in rates if not rate.interval.startswith("Wilson"))
+            if any(rate.interval.startswith("Wilson") for _, rate in rates):
+                ways["ʷ Wilson's, where cases are few or all agree"] = None
+            elsewhere = " except where a cell says" if any(rate.n != n for _, rate in rates) else ""
+            found.append(f"Brackets: 95 % intervals ({'; '.join(ways)}). n = {n:,}{elsewhere}.")
         protocols = {column: rate.protocol for column, rate in reversed(rates)}
         found += [f"{column}: {protocols[column]}" for column in self.columns if column in protocols]
         failed = {
@@ -134,7 +133,7 @@ class Table:
         return [*found, ELSEWHERE] if self.published else found
 
     def _headings(self) -> list[str]:
-        return [*self.columns, *(f"{column}, published {model}" for model, column in self._others())]
+        return [*self.columns, *(f"{column} (published, {model})" for model, column in self._others())]
 
     def _others(self) -> list[tuple[str, str]]:
         """(model, column) of the published numbers."""
@@ -221,13 +220,12 @@ def paper_table(
         model: {known.get(name, name): own for name, own in numbers.items() if others or name in known}
         for model, numbers in PUBLISHED.get(preset, {}).items()
     }
-    said = [
-        note,
-        *(
-            f"{t.letters} is {t.name}.{f' Fault of the published protocol: {t.fault}.' if t.fault else ''}"
-            for t in terms
-        ),
-    ]
+    faults: dict[str, list[str]] = {}
+    for one in terms:
+        if one.fault:
+            faults.setdefault(one.fault, []).append(one.letters)
+    said = [note, "; ".join(f"{one.letters}: {one.name}" for one in terms) + "."]
+    said += [f"Fault of {paper}'s protocol for {', '.join(names)}: {fault}." for fault, names in faults.items()]
     if preset in SOURCES:
         said.append(f"Published: {SOURCES[preset]}.")
     said += REMARKS.get(preset, ())

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from errata import __version__
-from errata.cli import bench, demo, export, fit, flexibility, inspect, scope, statistics, trace, tune, verify
+from errata.cli import bench, data, demo, export, fit, flexibility, inspect, scope, statistics, trace, tune, verify
 from errata.cli.common import CommandGroup
 
 HELP = """Correct facts inside language models, check that the correction took, and take it back at any time.
@@ -61,6 +61,7 @@ app.command("trace")(trace.trace)
 app.command("tune")(tune.tune)
 app.command("flexibility")(flexibility.flexibility)
 app.add_typer(bench.app, name="bench")
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

@@ -76,7 +76,6 @@ class CounterFactRecord(Row):
         return json.dumps([self.requested_rewrite.subject.casefold(), self.requested_rewrite.relation_id])
 
 
-
 def read_counterfact(path: str | Path, problems: list[Problem]) -> Numbered[CounterFactRecord]:
     """Numbered records. Two rows with one case_id are a problem of the later."""
     first: dict[int, int] = {}

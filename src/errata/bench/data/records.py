@@ -1,6 +1,6 @@
 """Records of data sets: rows of JSON arrays or JSONL, validated one by one; a bad row is named, never dropped in silence.
 
-Only shapes are checked here; whether an answer is right, or stands in its own prompt, is `bench.data.check`'s question.
+Only shapes are checked here; whether an answer is right, or stands in its own prompt, is the question of `bench.data.faults`.
 """
 
 import difflib
@@ -113,7 +113,9 @@ def write_records(path: str | Path, records: Iterable[Row]) -> None:
     write_atomically(path, lines if Path(path).suffix == ".jsonl" else array)
 
 
-def made(path: str | Path, rows: Numbered[Record], case: Callable[[Record], Case], problems: list[Problem]) -> list[Case]:
+def made(
+    path: str | Path, rows: Numbered[Record], case: Callable[[Record], Case], problems: list[Problem]
+) -> list[Case]:
     """A case of each record. Records whose edit cannot be meant go to `problems`.
 
     A record without an id of its own (an empty one) gets its row's number; a second case of one id has it with its row

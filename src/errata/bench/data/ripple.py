@@ -189,8 +189,10 @@ def _bare(name: str | None) -> str:
 # -- the edit of a published record --------------------------------------------------------------------------------------
 
 # Where a statement of the published builder ends and its object begins.
-_COPULA = re.compile(r"\b(is|are|by|follows)\b")
-_FRAME = frozenset(["a", "an", "and", "are", "associated", "by", "does", "follows", "has", "in", "is", "name", "names", "of", "part", "that", "the", "was", "which", "with", "won"])
+_COPULA = re.compile(r"\b(is followed by|follows|is|are)\b")
+_FRAME = frozenset(
+    ["a", "an", "and", "are", "associated", "by", "does", "follows", "has", "in", "is", "name", "names", "of", "part", "that", "the", "was", "which", "with", "won"]
+)
 
 
 def ripple_request(record: RippleRecord) -> EditRequest:

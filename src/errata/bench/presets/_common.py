@@ -1,6 +1,7 @@
 """What presets share: the methods under their labels, where cases come from, and how figures are drawn of rows."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ UNEDITED = "unedited"
 # SAKE with all edits loaded and the gate deciding among them; `alone`: the papers' protocol, each edit by itself.
 SAKE = Method("sake", "sake", "all")
 SAKE_ALONE = Method("sake-alone", "sake", "single")
+SAKE_OPEN = Method(
+    "sake-open", "sake", "single", changes={"radius": 1e6, "reach": None}
+)  # for protocols that look through it
 # The paper's and the code's plain settings. Their gate is a sentence encoder that a hub has to provide; these stand behind the
 # model's own gate instead, and notes under the tables say so.
 OWN_GATE: Mapping[str, Any] = {"gate": "auto", "radius": None}
@@ -113,9 +117,29 @@ def tagged(rows: "DataFrame", **tags: str) -> "DataFrame":
     return rows[[all(found.get(name) == value for name, value in tags.items()) for found in rows["tags"]]]
 
 
+def tagged_or_untagged(rows: "DataFrame", **tags: str) -> "DataFrame":
+    """The rows whose tags have these values, and those without such tags."""
+    return rows[[all(found.get(name, value) == value for name, value in tags.items()) for found in rows["tags"]]]
+
+
+def gated(rows: "DataFrame") -> list[str]:
+    """The methods that have gates."""
+    return [label for label in labels(rows) if rows.loc[rows["method"] == label, "gate"].notna().any()]
+
+
 def tag_values(rows: "DataFrame", tag: str) -> list[str]:
     """The values of a tag, in the order of the rows."""
     return list(dict.fromkeys(found[tag] for found in rows["tags"] if tag in found))
+
+
+def cost_table(run: Path) -> "Table":
+    """Seconds and bytes of an edit, and tokens per second with the edits in."""
+    from errata.bench.rows import read_fits
+    from errata.bench.tables import speed_table
+
+    path = run / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return speed_table(read_fits(run), summary)
 
 
 def picture(run: Path, name: str, figure: "Figure") -> Path:

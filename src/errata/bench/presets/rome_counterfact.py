@@ -26,7 +26,11 @@ METRICS = {
     "GE": "fluency.entropy",
     "RS": "consistency.tfidf",
 }
-GREEDY = {"efficacy": "efficacy.generate", "generalization": "generalization.generate", "specificity": "specificity.generate"}
+GREEDY = {
+    "efficacy": "efficacy.generate",
+    "generalization": "generalization.generate",
+    "specificity": "specificity.generate",
+}
 
 
 def cases(context: Context) -> Sequence[Case]:
@@ -38,10 +42,12 @@ def cases(context: Context) -> Sequence[Case]:
 
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     """The paper's table; whole objects by greedy generation; cost."""
+    from errata.bench.tables import metric_table, paper_table
+
     return [
-        common.score_table(rows, "CounterFact, by probabilities", METRICS, preset="rome-counterfact"),
-        common.score_table(rows, "The same edits, whole objects by greedy generation", GREEDY, note=common.PROTOCOL_NOTE),
-        common.cost_table(rows, run),
+        paper_table(rows, "CounterFact, by probabilities", "ROME", list(METRICS), preset="rome-counterfact"),
+        metric_table(rows, "The same edits, whole objects by greedy generation", GREEDY, note=common.PROTOCOL_NOTE),
+        common.cost_table(run),
     ]
 
 

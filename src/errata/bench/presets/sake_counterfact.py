@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 N, PUBLISHED_N = 150, 2000
 OURS = {"Acc": "efficacy.generate", "Gen": "generalization.generate", "Spec": "specificity.generate"}
-THEIRS = {"Acc": "efficacy.sake_code", "Gen": "generalization.sake_code", "Spec": "specificity.sake_code"}
 
 
 def cases(context: Context) -> Sequence[Case]:
@@ -24,8 +23,12 @@ def cases(context: Context) -> Sequence[Case]:
 
 
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
-    """Whole objects and every edit's gate (ours); first tokens and the edit's own gate (published); cost."""
-    return common.both_protocols(rows, run, "sake-counterfact", "CounterFact", OURS, THEIRS)
+    """The paper's table by our protocol and by its own; cost."""
+    from errata.bench.tables import paper_table
+
+    note = f"{common.PROTOCOL_NOTE}\n{common.GATE_NOTE}"
+    table = paper_table(rows, "CounterFact", "SAKE", list(OURS), preset="sake-counterfact", note=note)
+    return [table, common.cost_table(run)]
 
 
 def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:

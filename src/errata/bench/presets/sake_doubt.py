@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 N = PUBLISHED_N = 150
 OURS = {"DI": "doubt_i.generate", "DII": "doubt_ii.generate", "Acc": "efficacy.generate"}
-THEIRS = {"DI": "doubt_i.first_token_prefix", "DII": "doubt_ii.first_token_prefix"}
 GATES = {"DI": "doubt_i.gate", "DII": "doubt_ii.gate"}
 # The released code's gate for doubts reads the last state with a threshold of 1000, which is always open.
 SAKE_DOUBT_CODE = Method("sake-code", "sake", "single", "code-doubt")
@@ -30,15 +29,21 @@ def cases(context: Context) -> Sequence[Case]:
 
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     """The doubts as published are over the prompt; over a question they stand in a table of their own."""
-    own = common.tagged_or_untagged(rows, form="prompt")
-    asked = common.tagged(rows, form="question")
-    found = common.both_protocols(own, run, "sake-doubt", "Doubts over the edit's prompt", OURS, THEIRS)
-    if len(asked):
-        doubts_only = {letters: OURS[letters] for letters in GATES}
-        found.append(common.score_table(asked, "Doubts over a natural question", doubts_only))
-    steered = common.gated(own)
-    found.append(common.score_table(own, "The edit's own gate is open behind the doubt", GATES, methods=steered))
-    return found
+    from errata.bench.metrics import score
+    from errata.bench.tables import Table, metric_table, paper_table
+
+    own, asked = (common.tagged_or_untagged(rows, form=form) for form in ("prompt", "question"))
+    doubted = {letters: OURS[letters] for letters in GATES}
+    note = common.PROTOCOL_NOTE
+    found = [
+        paper_table(own, "Doubts over the edit's prompt", "SAKE", list(GATES), preset="sake-doubt", note=note),
+        metric_table(own, "The edit itself", {"Acc": OURS["Acc"]}),
+    ]
+    if common.tag_values(rows[rows["kind"] == "doubt_i"], "form") != ["prompt"]:
+        found.append(metric_table(asked, "Doubts over a natural question", doubted))
+    steered = [[label, *(score(own, metric, label) for metric in GATES.values())] for label in common.gated(own)]
+    found.append(Table("The edit's own gate is open behind the doubt", ["method", *GATES], steered))
+    return [*found, common.cost_table(run)]
 
 
 def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:

@@ -29,8 +29,10 @@ def cases(context: Context) -> Sequence[Case]:
 
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     """A line for each number of prompts."""
+    from errata.bench.tables import metric_table
+
     note = "An edit of Atlas brings some 26 prompts of its own; more are the same ones behind lead-ins."
-    return [common.score_table(rows, "By the number of training prompts", OURS, note=note)]
+    return [metric_table(rows, "By the number of training prompts", OURS, note=note)]
 
 
 def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:

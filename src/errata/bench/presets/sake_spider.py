@@ -35,7 +35,9 @@ def cases(context: Context) -> Sequence[Case]:
 
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     """All metrics, by our protocol."""
-    return [common.score_table(rows, "All metrics", METRICS, note=common.PROTOCOL_NOTE)]
+    from errata.bench.tables import metric_table
+
+    return [metric_table(rows, "All metrics", METRICS, note=common.PROTOCOL_NOTE)]
 
 
 def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:

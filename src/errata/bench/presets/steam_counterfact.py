@@ -44,12 +44,16 @@ def cases(context: Context) -> Sequence[Case]:
 
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     """Every metric, gains over the base paired over edits, scores by probabilities, cost."""
+    from errata.bench.published import REMARKS
+    from errata.bench.tables import difference_table, metric_table
+
+    remarks = "\n".join((common.PROTOCOL_NOTE, *REMARKS["steam-counterfact"]))
     pairs = [("steam", "rome"), ("steam-memit", "memit")]
     return [
-        common.score_table(rows, "STEAM and its bases", METRICS, preset="steam-counterfact"),
-        common.gain_table(rows, "Gain over the base, paired over edits", METRICS, pairs),
-        common.score_table(rows, "By probabilities, as published", PROB),
-        common.cost_table(rows, run),
+        metric_table(rows, "STEAM and its bases", METRICS, note=remarks),
+        difference_table(rows, "Gain over the base, paired over edits", METRICS, pairs),
+        metric_table(rows, "By probabilities, as published", PROB),
+        common.cost_table(run),
     ]
 
 
@@ -57,7 +61,9 @@ def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:
     """The shares as dots with intervals."""
     shares = {name: metric for name, metric in METRICS.items() if metric.endswith(".generate")}
     path = common.dot_figure(rows, run, "steam-counterfact", shares)
-    return [(path, "STEAM and its bases, whole objects by greedy generation, per cent, with 95 % intervals over edits.")]
+    return [
+        (path, "STEAM and its bases, whole objects by greedy generation, per cent, with 95 % intervals over edits.")
+    ]
 
 
 PRESET = Preset(

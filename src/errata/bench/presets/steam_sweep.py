@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 N, PUBLISHED_N = 24, 200
 WEIGHTS = (0.0, 1.0, 5.0, 20.0, 100.0)
-DEPTHS = {"early": (0.35, 0.5), "middle": (0.5, 0.7), "late": (0.7, 0.85), "all": (0.35, 1.0)}
+DEPTHS = {"early": (0.375, 0.625), "middle": (0.5, 0.75), "late": (0.625, 0.875), "all": (0.375, 1.0)}
 METRICS = {
     "efficacy": "efficacy.generate",
     "paraphrase": "generalization.generate",
@@ -39,8 +39,14 @@ def cases(context: Context) -> Sequence[Case]:
 
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     """A line for each setting; weight 0 is ROME."""
-    note = "weight-0 is ROME itself. Depths are shares of the model's layers; strength 20 throughout."
-    return [common.score_table(rows, "STEAM by strength and by aligned layers", METRICS, preset="steam-sweep", note=note)]
+    from errata.bench.published import REMARKS
+    from errata.bench.tables import metric_table
+
+    note = (
+        "weight-0 is ROME itself. Depths are shares of the model's layers; strength 20 throughout.\n"
+        + REMARKS["steam-sweep"][0]
+    )
+    return [metric_table(rows, "STEAM by strength and by aligned layers", METRICS, note=note)]
 
 
 def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:
