@@ -157,7 +157,9 @@ def test_single_edits_are_fitted_asked_and_counted(place: Path) -> None:
         ("unedited", "edit"): 5, ("unedited", "fact"): 2, ("unedited", "neighborhood"): 5,
     }  # fmt: skip
     own = rows[rows["method"] == "rome"]
-    assert own["passed"][own["kind"] == "edit"].all() and set(own["edits"]) == {1} and set(own["setting"]) == {"single"}
+    assert (own["p_expected_first"][own["kind"] == "edit"] > 0.2).all()
+    assert (rows["p_expected_first"][(rows["method"] == "unedited") & (rows["kind"] == "edit")] < 0.1).all()
+    assert set(own["edits"]) == {1} and set(own["setting"]) == {"single"}
     assert own["tags"].tolist()[0] == {"first": "N", "form": "own"} and set(rows["run"]) == {"a"}
     plain = rows[rows["method"] == "unedited"].set_index(["case", "probe"])["generated"]
     assert [plain[c, p] for c, p in zip(own["case"], own["probe"], strict=True)] == own["unedited"].tolist()
