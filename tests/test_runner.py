@@ -31,7 +31,7 @@ from errata.model.loading import load
 QUICK = {"contexts": "bare", "statistics": None, "steps": 25, "kl": 0.0, "norm": 0.0, "clamp": 50.0, "layer": 1}
 STEER = {"prompts": 4, "context_prompts": 2, "implications": "none", "lift": False}
 ROME_ALONE = Method("rome", "rome", changes=QUICK)
-MEMIT = Method("memit", "memit", "all", changes={**{k: v for k, v in QUICK.items() if k != "layer"}, "layers": (1,)})
+MEMIT = Method("memit", "memit", "all", changes={"lam": 0.1, **{k: v for k, v in QUICK.items() if k != "layer"}, "layers": (1,)})
 SAKE_ALL = Method("sake, all", "sake", "all", changes=STEER)
 LIFELONG = Method("rome, lifelong", "rome", "sequential", changes=QUICK)
 SUBJECTS = {"Needle": "Paris", "Tower": "is", "Gate": "the", "Dome": "in", "Wall": "Japan"}
