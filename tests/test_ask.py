@@ -16,13 +16,13 @@ from errata.bench.ask import Question, ask
 from errata.bench.cases import Probe
 from errata.bench.rows import SCHEMA
 from errata.edit import EditRequest
-from errata.errors import RequestError
+from errata.errors import ConfigError, RequestError
 from errata.low_rank import LowRank
 from errata.model.anatomy import anatomy
 from errata.model.fingerprint import base_of
 from errata.model.generate import cut, greedy, says
 from errata.model.tokens import continuation_ids, token_ids
-from errata.patch import Patch
+from errata.patch import Patch, attach_rows
 from errata.scope.gate import Gate
 
 PROMPTS = ("The capital of France is", "Tokyo", "The highest point on Earth is", "São Paulo lies in")
@@ -61,7 +61,8 @@ def questions_of(patches: dict[str, Patch]) -> list[Question]:
     for edit, patch in patches.items():
         new = patch.requests[0].target_new
         for prompt in PROMPTS:
-            for expected, alternatives in (((new, "the"), ("Obama", new)), ((), (new,)), (("French",), ())):
+            asked = [((new, "the"), ("Obama", new)), ((), (new,)), (("French",), ())]
+            for expected, alternatives in asked if prompt == PROMPTS[1] else asked[:2]:
                 kind = "edit" if expected else "neighborhood"
                 probe = Probe(kind, prompt, expected, alternatives)
                 found.append(Question(f"case {edit}", edit, len(found), probe, {"relation": "r"}))
@@ -125,7 +126,7 @@ def check(model: Any, tokenizer: Any, questions: list[Question], rows: list[dict
                 assert row[name] == value, name
 
 
-@pytest.mark.parametrize("batch", [1, 5, 64])
+@pytest.mark.parametrize("batch", [1, 5])
 def test_rows_by_row_are_those_of_patches_attached_one_by_one(model: Any, tokenizer: Any, batch: int) -> None:
     patches = patches_of(model, tokenizer)
     questions = questions_of(patches)
@@ -135,7 +136,7 @@ def test_rows_by_row_are_those_of_patches_attached_one_by_one(model: Any, tokeni
     own = [r for r in rows if r["prompt"] == patches[r["edit"]].requests[0].text and len(r["expected"]) == 2]
     assert [r["passed"] for r in own] == [True, False, True, True]  # the second is an update of noise
     assert [r["gate"] for r in own] == [r["edit"] if i != 1 else None for i, r in enumerate(own)]
-    assert sum(r["gate"] == "" for r in rows) == 9 * 3  # other prompts are in no scope
+    assert sum(r["gate"] == "" for r in rows) == 3 * (4 + 3)  # other prompts are in no scope
     assert all(r["passed"] for r in rows if r["gate"] == "" and not r["expected"] and r["edit"] != own[2]["edit"])
     together = ask(model, tokenizer, questions, patches=patches)
     for one, other in zip(rows, together, strict=True):
@@ -149,11 +150,11 @@ def test_what_is_attached_is_asked_as_it_stands(model: Any, tokenizer: Any) -> N
     questions = questions_of(patches)
     check(model, tokenizer, questions, ask(model, tokenizer, questions, batch=7), None)
     first, *_, last = patches
-    unedited = {(q.case, q.index): "nothing of the kind" for q in questions[:6]}
+    unedited = {(q.case, q.index): "nothing of the kind" for q in questions[:7]}
     with patches[first].attach(model, tokenizer), patches[last].attach(model, tokenizer):
         rows = ask(model, tokenizer, questions, unedited=unedited)
-        again = ask(model, tokenizer, questions[:6])
-    told = [r for r in rows[:6] if not r["expected"]]
+        again = ask(model, tokenizer, questions[:7])
+    told = [r for r in rows[:7] if not r["expected"]]
     assert {r["unedited"] for r in told} == {"nothing of the kind"} and not any(r["passed"] for r in told)
     assert [r["unedited"] for r in again if not r["expected"]] != [r["unedited"] for r in told]
     assert {r["gate"] for r in rows} == {"", first, last}
@@ -198,3 +199,5 @@ def test_an_edit_without_a_patch_and_long_prompts_are_refused(tokenizer: Any) ->
     with pytest.raises(RequestError, match="room for 128"):
         ask(model, tokenizer, [Question("c", "", 0, Probe("edit", "Tokyo " * 126, ("Rome",)))])
     assert ask(model, tokenizer, []) == []
+    with attach_rows(model, tokenizer, [None]), pytest.raises(ConfigError, match="pass the patches instead"):
+        ask(model, tokenizer, [Question("c", "", 0, Probe("edit", "Tokyo"))])

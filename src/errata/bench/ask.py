@@ -20,8 +20,8 @@ from torch import Tensor
 
 from errata.bench.cases import Probe
 from errata.bench.fluency import sample
-from errata.errors import RequestError
-from errata.model.attached import CONTEXT, STEERED, asked, bare, scoped, without_patches
+from errata.errors import ConfigError, RequestError
+from errata.model.attached import CONTEXT, STEERED, asked, bare, by_row, scoped, without_patches
 from errata.model.generate import cut, ended, says
 from errata.model.room import check_room
 from errata.model.states import evaluating, input_device
@@ -71,6 +71,10 @@ def ask(
     p_expected is the text's own, and it passes if no bit of its logits is changed. Raises RequestError for an edit without
     a patch, and for prompts that with their answers are longer than the model's positions.
     """
+    if by_row(model):
+        raise ConfigError(
+            "rows have patches of their own here; leave the block of `attach_rows`, and pass the patches instead"
+        )
     if patches is not None:
         if missing := {q.edit for q in questions} - set(patches):
             raise RequestError(f"expected a patch for each edit that is asked about, found none for {min(missing)}")

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from errata.model.attached import asked
+from errata.errors import ConfigError
+from errata.model.attached import asked, by_row
 from errata.model.room import check_room
 from errata.model.states import input_device
 from errata.model.tokens import continuation_ids, pad, pad_id, token_ids
@@ -41,6 +42,10 @@ def forced(
     Tokens as in the joint string (one space between); right-padded; log-softmax in float32 (float64 of a float64 model).
     Attached contexts stand before the prompts. Raises RequestError for a row that is longer than the model's positions.
     """
+    if by_row(model):
+        raise ConfigError(
+            "rows have patches of their own here; leave the block of `attach_rows`, and pass the patches instead"
+        )
     if patches is not None:
         check_fits([patch for patch in patches if patch is not None], model, tokenizer)
         prompts = [prompt for prompt, _ in pairs]

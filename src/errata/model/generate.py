@@ -54,13 +54,15 @@ def greedy(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: i
     """The raw greedy continuation of each prompt (special tokens removed), through `model.generate`, left-padded.
 
     Attached contexts are put before them. Prompts of like length share a batch; where rows have patches of their own, they are
-    asked in the order given. Model and tokenizer are left as found. Raises RequestError, before anything is
+    asked at once, in the order given. Model and tokenizer are left as found. Raises RequestError, before anything is
     asked, for a prompt that with its answer is longer than the model's positions.
     """
     prompts = asked(model, prompts)
     ids = token_ids(tokenizer, prompts)
     check_room(model, ids, prompts, new=max_new_tokens)
-    order = sorted(range(len(prompts)), key=lambda i: 0 if by_row(model) else len(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if by_row(model):
+        order, batch = list(range(len(prompts))), max(1, len(prompts))
     texts = [""] * len(prompts)
     device = next(model.parameters()).device
     for start in range(0, len(order), batch):
