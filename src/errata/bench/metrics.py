@@ -35,7 +35,9 @@ def score(
     say that it is certain. edits, ungated: see `select`. stratum: a tag and its value, of the tests that count.
     """
     chosen = metric_named(metric)
-    selected = select(rows, method, edits=edits, ungated=ungated)
+    selected = _asked(rows, chosen, method, edits, ungated)
+    if selected is None:
+        return None
     sums, counts, _ = _totals(chosen, [selected], stratum)
     sums, counts = sums[0], counts[0]
     parts = means(sums, counts)
@@ -66,8 +68,10 @@ def difference(
     Raises RecordError if the two were not asked the same cases (a metric that leaves out failed edits may differ in these).
     """
     chosen = metric_named(metric)
-    both = [select(rows, method, edits=edits, ungated=ungated) for method in (a, b)]
-    (sums_a, sums_b), (counts_a, counts_b), cases = _totals(chosen, both, stratum)
+    both = [_asked(rows, chosen, method, edits, ungated) for method in (a, b)]
+    if both[0] is None or both[1] is None:
+        return None
+    (sums_a, sums_b), (counts_a, counts_b), cases = _totals(chosen, [both[0], both[1]], stratum)
     if not (counts_a.sum() and counts_b.sum()):
         return None
     odd = ((counts_a > 0) != (counts_b > 0)).any(0)
@@ -289,6 +293,20 @@ METRICS: dict[str, Metric] = _made()
 
 def _terms(metric: Metric) -> list[Metric]:
     return [METRICS[name] for name in metric.terms] or [metric]
+
+
+def _asked(
+    rows: "DataFrame", metric: Metric, method: str, edits: int | None, ungated: str | None
+) -> "DataFrame | None":
+    """What the metric needs of a method's rows; None where the method has no such rows."""
+    kinds = {kind for term in _terms(metric) for kind in (*term.kinds, *(("edit",) if term.succeeded else ()))}
+    own = rows["method"] == method
+    part = rows[rows["kind"].isin(kinds)] if own.any() else rows
+    return (
+        None
+        if own.any() and not (part["method"] == method).any()
+        else select(part, method, edits=edits, ungated=ungated)
+    )
 
 
 def _totals(

@@ -258,8 +258,12 @@ def _column(rows: Sequence[Mapping[str, Any]], field: pa.Field, path: str | Path
     values = [row.get(field.name) for row in rows]
     if pa.types.is_map(field.type):
         values = [None if v is None else list(dict(v).items()) for v in values]
-    elif pa.types.is_list(field.type):  # a text would become the list of its letters
-        values = [v if v is None or isinstance(v, str) else list(v) for v in values]
+    elif pa.types.is_list(field.type):
+        if any(isinstance(v, str) for v in values):  # Arrow would take it for the list of its letters
+            raise RecordError(
+                f"column {field.name} of {path}: expected a list of texts, found one text; put it in a list"
+            )
+        values = [v if v is None else list(v) for v in values]
     try:
         return pa.array(values, field.type)
     except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError) as error:
