@@ -107,7 +107,7 @@ def run(
     plan = replace(plan, methods=tuple(resolved(method, model, plan.model_name) for method in plan.methods))
     _different("methods", "label", [UNEDITED, *(method.label for method in plan.methods)])
     editors = {method.label: editor_of(method) for method in plan.methods}
-    context = Context(plan.model_name, model, tokenizer, plan.n, plan.seed, plan.data, split=plan.split)
+    context = Context(plan.model_name, model, tokenizer, plan.n, plan.seed, plan.split, plan.data)
     cases = [_with_old_object(model, tokenizer, case) for case in plan.preset.cases(context)]
     _different("cases", "id", [case.id for case in cases])
     world = list(plan.preset.world(context)) if plan.preset.world is not None else []
