@@ -276,12 +276,9 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _tables(path: Path) -> Any:
-    from errata.bench.preset import get_preset
-    from errata.bench.rows import results
-    from errata.bench.store import RunDirectory
+    from errata.bench.report import tables_of
 
-    preset = get_preset(RunDirectory(path).read()["spec"]["preset"])
-    return preset.tables(results(path), path)
+    return tables_of(path)
 
 
 @contextmanager

@@ -48,7 +48,10 @@ GATE_NOTE = (
     "sake-paper and sake-code are the paper's and the released code's plain settings behind this model's own gate: theirs is a "
     "sentence encoder, which a hub has to provide."
 )
-PROTOCOL_NOTE = "sake: all edits loaded, and the gate decides among them. memit, compmemit: all edits in one write. Others: each edit alone."
+PROTOCOL_NOTE = (
+    "sake: all edits loaded, and the gate decides among them. memit, compmemit: all edits in one write. Others: each edit "
+    "alone."
+)
 
 
 def draw(
