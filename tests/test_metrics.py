@@ -211,6 +211,7 @@ def test_and_or_conditions_and_strata() -> None:
     assert value(rows, "compositionality_ii.generate_open") == 0.5  # case 2 passed before
     strata = by_tag(rows, "compositionality_ii.generate", "m", "hops")
     assert {k: (r.value, r.n) for k, r in strata.items()} == {"2": (0.5, 2), "3": (1.0, 1)}
+    assert value(rows, "compositionality_ii.generate", stratum=("hops", lambda v: int(v) > 2)) == 1.0
     assert select(rows, "m")["condition"].sum() == 2
 
 
