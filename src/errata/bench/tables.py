@@ -16,7 +16,7 @@ import numpy as np
 
 from errata.bench.glossary import term
 from errata.bench.intervals import Rate, bootstrap
-from errata.bench.metrics import difference, metric_named, score
+from errata.bench.metrics import Stratum, difference, metric_named, score
 from errata.bench.published import NAMES, PUBLISHED, REMARKS, SOURCES
 from errata.bench.rows import UNEDITED
 from errata.errors import ShapeError
@@ -167,7 +167,7 @@ class Table:
 
 def metric_table(
     rows: "DataFrame", title: str, metrics: Mapping[str, str], methods: Sequence[str] | None = None, *,
-    edits: int | None = None, ungated: Mapping[str, str] | None = None, stratum: tuple[str, str] | None = None,
+    edits: int | None = None, ungated: Mapping[str, str] | None = None, stratum: Stratum | None = None,
     note: str = "", published: Numbers | None = None, seed: int = 0,
 ) -> Table:  # fmt: skip
     """A row for the unedited model, then one for each method; a column for each metric.
