@@ -189,9 +189,13 @@ app.command("rows")(show_rows)
 @app.command("table")
 def show_table(run_path: Run, json_output: Json = False) -> None:
     """The tables of a run, ours beside what the papers print."""
-    tables = _tables(run_path)
+    from errata.bench.report import tables_of
+
+    tables = tables_of(run_path)
     if json_output:
-        emit({"tables": [{"title": t.title, "columns": t.columns, "rows": t.rows, "note": t.note} for t in tables]})
+        cells = [[[c.json() if hasattr(c, "json") else c for c in line] for line in t.rows] for t in tables]
+        named = zip(tables, cells, strict=True)
+        emit({"tables": [{"title": t.title, "columns": t.columns, "rows": c, "note": t.note} for t, c in named]})
         return
     for one in tables:
         out().print(one.rich())
@@ -254,7 +258,9 @@ def _summary(path: Path, seconds: float) -> dict[str, Any]:
 
 
 def _print(path: Path, value: dict[str, Any]) -> None:
-    for one in _tables(path):
+    from errata.bench.report import tables_of
+
+    for one in tables_of(path):
         out().print(one.rich())
     numbers = ("fits", "failed", "s per fit", "bytes per edit", "tokens/s", "of unedited")
     made = table("Cost", "method", *numbers, right=numbers)
@@ -273,12 +279,6 @@ def _print(path: Path, value: dict[str, Any]) -> None:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _tables(path: Path) -> Any:
-    from errata.bench.report import tables_of
-
-    return tables_of(path)
 
 
 @contextmanager
