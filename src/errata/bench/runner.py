@@ -118,7 +118,7 @@ def run(
         "weights": _digest(patches.base),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device_map": plan.device_map,
-        "methods": {m.label: {**_method_json(m), "config": json_config(editors[m.label])} for m in plan.methods},
+        "methods": {m.label: {"config": json_config(editors[m.label]), **_method_json(m)} for m in plan.methods},
         "data": plan.data,
         "split": plan.split,
         "asked_n": plan.n,

@@ -309,14 +309,16 @@ class Worker:
         if self.methods[job.method].setting == "single":
             patches = next((list(found.values()) for found in self._first_fits(job)), [])
         self.close()
+        if not patches:
+            return Outcome(speed={})
         prompts = [case.request.text for case in self.cases[:SPEED_PROMPTS]]
         self._pace(prompts)  # the first pass of a process is slower
         plain, edited = 0.0, 0.0
-        for _ in range(SPEED_ROUNDS if patches else 0):
+        for _ in range(SPEED_ROUNDS):
             plain = max(plain, self._pace(prompts))
             with self._inside(job, patches):
                 edited = max(edited, self._pace(prompts))
-        return Outcome(speed={"tokens_per_second": edited, "unedited": plain, "edits": job.edits} if patches else {})
+        return Outcome(speed={"tokens_per_second": edited, "unedited": plain, "edits": job.edits})
 
     def _first_fits(self, job: Job) -> Iterator[dict[str, Patch]]:
         for i in range(len(self.cases)):
