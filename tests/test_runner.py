@@ -31,7 +31,9 @@ from errata.model.loading import load
 QUICK = {"contexts": "bare", "statistics": None, "steps": 25, "kl": 0.0, "norm": 0.0, "clamp": 50.0, "layer": 1}
 STEER = {"prompts": 4, "context_prompts": 2, "implications": "none", "lift": False}
 ROME_ALONE = Method("rome", "rome", changes=QUICK)
-MEMIT = Method("memit", "memit", "all", changes={"lam": 0.1, **{k: v for k, v in QUICK.items() if k != "layer"}, "layers": (1,)})
+MEMIT = Method(
+    "memit", "memit", "all", changes={"lam": 0.1, **{k: v for k, v in QUICK.items() if k != "layer"}, "layers": (1,)}
+)
 SAKE_ALL = Method("sake, all", "sake", "all", changes=STEER)
 LIFELONG = Method("rome, lifelong", "rome", "sequential", changes=QUICK)
 SUBJECTS = {"Needle": "Paris", "Tower": "is", "Gate": "the", "Dome": "in", "Wall": "Japan"}
@@ -364,6 +366,23 @@ def texts(frame: Any) -> Sequence[Any]:
     """A table without its floats, and without the fit's own report."""
     kept = [c for c in frame.columns if frame[c].dtype != float and c != "report"]
     return [tuple(map(str, row)) for row in frame[kept].itertuples(index=False)]
+
+
+def test_the_unedited_model_is_asked_once_over_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from errata.bench import ask as module
+
+    counts: list[int] = []
+    real = module.ask
+    monkeypatch.setattr(
+        module, "ask", lambda m, t, questions, **rest: counts.append(len(questions)) or real(m, t, questions, **rest)
+    )
+    answers: dict[Any, dict[str, Any]] = {}
+    first = start(place, "a", answers=answers)
+    assert counts == [4, 2, 1, 2]  # edit prompts, with the first two a neighbour and a condition that all share; the world
+    second = start(place, "b", answers=answers, shard=5)
+    assert sum(counts) == 9
+    assert read_rows(first.path).drop(columns="run").equals(read_rows(second.path).drop(columns="run"))
+    assert list(read_rows(first.path)["case"])[:6] == ["Needle"] * 3 + ["Tower"] * 3
 
 
 def test_an_outcome_that_is_no_fit_ends_the_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,11 +146,12 @@ def run(
     chosen = _engine(engine, address, workers, threads)
     loaded, tokenizer = load(model, dtype, device_map, threads)
     command = shlex.join(["errata", *sys.argv[1:]])
-    found = []
+    found: list[dict[str, Any]] = []
+    answers: dict[Any, dict[str, Any]] = {}
     for one, own in zip(presets, picked, strict=True):
         plan = Plan(one, model, own, n, seed, data, split.value, dtype, device_map)
         where = out_path / one.name if every else out_path
-        found.append(_run(plan, where, loaded, tokenizer, chosen, command, report, json_output))
+        found.append(_run(plan, where, loaded, tokenizer, chosen, command, report, json_output, answers))
     if json_output:
         emit({"runs": found})
 
@@ -226,7 +227,15 @@ def _engine(engine: Engine, address: str | None, workers: int | None, threads: i
 
 
 def _run(
-    plan: Any, path: Path, model: Any, tokenizer: Any, engine: Any, command: str, report: bool, quiet: bool
+    plan: Any,
+    path: Path,
+    model: Any,
+    tokenizer: Any,
+    engine: Any,
+    command: str,
+    report: bool,
+    quiet: bool,
+    answers: dict[Any, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Run a plan with its progress on stderr; the summary as JSON values."""
     from errata.bench import report as reports
@@ -235,7 +244,7 @@ def _run(
     started = time.perf_counter()
     try:
         with _progress(plan.preset.name) as progress:
-            do(plan, path, model, tokenizer, engine=engine, command=command, progress=progress)
+            do(plan, path, model, tokenizer, engine=engine, command=command, answers=answers, progress=progress)
     except KeyboardInterrupt:
         begun = (path / "run.json").exists()
         go_on = f"finished units are kept; `errata bench resume {shlex.quote(str(path))}` goes on"
