@@ -321,8 +321,8 @@ def test_ctrl_c_leaves_whole_units_and_the_model_as_it_was(place: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from test_runner import LIFELONG, ROME_ALONE, SAKE_ALL, start
-start(Path(sys.argv[1]), sys.argv[2], ROME_ALONE, SAKE_ALL, LIFELONG, checkpoints=(2,), progress=lambda p: print(p.job.name, flush=True))
+from test_runner import LIFELONG, ROME_ALONE, start
+start(Path(sys.argv[1]), sys.argv[2], ROME_ALONE, LIFELONG, checkpoints=(2,), progress=lambda p: print(p.job.name, flush=True))
 print("finished", flush=True)
 """
 
@@ -338,7 +338,7 @@ def test_kill_9_at_any_moment_neither_repeats_nor_loses_a_case(place: Path) -> N
         )
 
     told: list[str] = []
-    for after, pause in ((1, 0.0), (4, 0.05), (3, 0.02)):  # between units and in the midst of one
+    for after, pause in ((5, 0.1), (3, 0.3)):  # in the midst of a fit and of a sequence
         process = begin("killed")
         assert process.stdout is not None
         for _ in range(after):
@@ -355,7 +355,7 @@ def test_kill_9_at_any_moment_neither_repeats_nor_loses_a_case(place: Path) -> N
     assert process.returncode == 0 and rest.split()[-1] == "finished"
     rows = [name for name in [*told, *rest.split()] if "-fit-" not in name]
     assert len(rows) == len(set(rows))  # no unit of rows was made twice
-    whole = start(place, "whole", ROME_ALONE, SAKE_ALL, LIFELONG, checkpoints=(2,))
+    whole = start(place, "whole", ROME_ALONE, LIFELONG, checkpoints=(2,))
     for read in (read_rows, read_fits):
         a, b = (read(path).drop(columns=["run", "seconds"], errors="ignore") for path in (half.path, whole.path))
         assert texts(a) == texts(b) and len(a)
