@@ -42,8 +42,6 @@ ROME = Method("rome", "rome", "single", MODEL)
 ROME_PUBLISHED = Method("rome-published", "rome", "single", "published")
 MEMIT = Method("memit", "memit", "all", MODEL)
 COMPMEMIT = Method("compmemit", "compmemit", "all", MODEL)
-STEAM = Method("steam", "steam", "single", MODEL)
-STEAM_MEMIT = Method("steam-memit", "steam", "all", MODEL, {"base": "memit"})
 GATE_NOTE = (
     "sake-paper and sake-code are the paper's and the released code's plain settings behind this model's own gate: theirs is a "
     "sentence encoder, which a hub has to provide."

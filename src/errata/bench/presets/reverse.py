@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 
     from errata.bench.tables import Table
 
-N = 40
+N, OVER = 40, 6
 METRICS = {
     "reversed": "reverse.generate",
-    "old subject still first": "reverse.prob_old",
     "efficacy": "efficacy.generate",
     "other objects' inverses kept": "specificity.generate",
 }
@@ -31,7 +30,8 @@ ARMS = {"plain": "fitted as ever", "inverses": "the inverse among the implicatio
 def cases(context: Context) -> Sequence[Case]:
     """Atlas's edits of relations that have an inverse wording, each in both arms (tag "arm")."""
     wanted = context.n if context.n is not None else N
-    drawn = common.draw(replace(context, n=None), 0)
+    # A quarter of Atlas's relations have one; CounterFact's draw has none, as it wants objects that several subjects share.
+    drawn = common.draw(replace(context, n=OVER * wanted), N, atlas="atlas-ripple")
     found: list[Case] = []
     for case in drawn:
         probes = reverses(case, seed=context.seed)
@@ -48,10 +48,9 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     """A table for each arm."""
     from errata.bench.tables import metric_table
 
-    metrics = {name: metric for name, metric in METRICS.items() if metric != "reverse.prob_old"}
     held = "Where the new object belongs to somebody in Atlas already, its old subject has to give way."
     found = [
-        metric_table(common.tagged_or_untagged(rows, arm=arm), f"Reversed relations, {words}", metrics, note=held)
+        metric_table(common.tagged_or_untagged(rows, arm=arm), f"Reversed relations, {words}", METRICS, note=held)
         for arm, words in ARMS.items()
     ]
     return [*found, common.cost_table(run)]
