@@ -148,8 +148,10 @@ class Table:
         """Each row with the published numbers behind it, then the published methods that we have no row of."""
         labels = [str(row[0]) for row in self.rows]
         theirs = dict.fromkeys(label for numbers in self.published.values() for label in numbers)
-        blank = [[label, *[None] * (len(self.columns) - 1)] for label in theirs if label not in labels]
-        for row in [*map(list, self.rows), *blank]:
+        blank: list[list[Cell]] = [
+            [label, *[None] * (len(self.columns) - 1)] for label in theirs if label not in labels
+        ]
+        for row in [*(list(row) for row in self.rows), *blank]:
             yield [*row, *(self.published[m].get(str(row[0]), {}).get(c) for m, c in self._others())]
 
     def _lines(self) -> Iterator[list[str]]:
