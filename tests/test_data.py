@@ -306,17 +306,19 @@ def test_zsre_locality_and_its_wrong_rows(tmp_path: Path) -> None:
     twice = {**ARRAY, "src": "Is Night Ferry by the maker of night ferry?"}
     [case] = load_cases("zsre", path=saved(tmp_path / "z.json", twice))
     assert case.request.prompt == "Is {} by the maker of night ferry?"
-    for wrong, where in (
+    array: tuple[tuple[dict[str, Any], str], ...] = (
         ({**ARRAY, "src": "Who composed it?"}, "row 2, field src: the question 'Who composed it.'"),
         ({**ARRAY, "alt": ""}, "row 2, field alt: there is no other answer"),
         ({**ARRAY, "answers": []}, "row 2, field answers: "),
-    ):
+    )
+    for wrong, where in array:
         with pytest.raises(RecordError, match=where):
             load_cases("zsre", path=saved(tmp_path / "z.json", ARRAY, wrong))
-    for wrong, where in (
+    kilt: tuple[tuple[dict[str, Any], str], ...] = (
         ({**KILT, "output": [{"provenance": []}]}, "row 2, field output: expected an output with an answer"),
         ({**KILT, "alternatives": ["L. Marr"]}, "row 2, field alternatives: there is no other answer"),
-    ):
+    )
+    for wrong, where in kilt:
         with pytest.raises(RecordError, match=where):
             load_cases("zsre", path=saved(tmp_path / "z.jsonl", KILT, wrong))
 
