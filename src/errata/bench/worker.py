@@ -163,16 +163,8 @@ class Worker:
         """What the model says without edits; each prompt is asked once, but for sampled texts."""
         from errata.bench.ask import ask
 
-        keys = [
-            (
-                q.probe.kind,
-                q.probe.prompt,
-                q.probe.expected,
-                q.probe.alternatives,
-                q.case if q.probe.kind == SAMPLED else "",
-            )
-            for q in questions
-        ]
+        probes = [(q.probe, q.case if q.probe.kind == SAMPLED else "") for q in questions]
+        keys = [(p.kind, p.prompt, p.expected, p.alternatives, case) for p, case in probes]
         new = {key: q for key, q in zip(keys, questions, strict=True) if key not in self.answers or key[0] == SAMPLED}
         for key, row in zip(new, ask(self.model, self.tokenizer, list(new.values()), seed=self.seed), strict=True):
             # the others' rows say what it said; a sampled text or a running one is no answer
