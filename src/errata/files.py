@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all; and where caches are."""
 
 import os
 import secrets
@@ -17,3 +17,11 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def cache_directory(kind: str) -> Path:
+    """The user's cache of one kind: a folder of that name under ERRATA_CACHE, else under errata in XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("ERRATA_CACHE"):
+        return Path(own).expanduser() / kind
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))  # the XDG specification has relative ones ignored
+    return (root if root.is_absolute() else Path.home() / ".cache") / "errata" / kind

@@ -1,11 +1,15 @@
 """Presets: which cases, which methods, and what is made of the rows. One file each in `presets/`, found by its name."""
 
+import difflib
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from errata.bench.cases import Case, Probe
+from errata.errors import ConfigError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -64,3 +68,47 @@ class Preset:
     world: Callable[[Context], Sequence[Probe]] | None = None
     extra: Callable[[Context, Path], None] | None = None
     figures: Callable[["DataFrame", Path], Sequence[tuple[Path, str]]] | None = None
+
+
+def available_presets() -> list[str]:
+    """The names of all presets, in order: `sake-counterfact` stands in `presets/sake_counterfact.py`."""
+    from errata.bench import presets
+
+    found = (m.name for m in pkgutil.iter_modules(presets.__path__) if not m.name.startswith("_"))
+    return sorted(name.replace("_", "-") for name in found)
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of this name. Raises ConfigError that lists what there is, near matches first."""
+    known = available_presets()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ConfigError(f"there is no preset {name!r}; {hint}there are {', '.join(known) or 'none'}")
+    module = importlib.import_module(f"errata.bench.presets.{name.replace('-', '_')}")
+    return next(v for v in vars(module).values() if isinstance(v, Preset) and v.name == name)
+
+
+def pick_methods(preset: Preset, names: Sequence[str]) -> tuple[Method, ...]:
+    """The preset's methods with these labels; a name that is no label is an editor with the model's options, in the setting of
+    the preset's first method.
+
+    Raises ConfigError that lists what there is, near matches first.
+    """
+    from errata.bench.methods import MODEL
+    from errata.editors import available_editors
+
+    labels, editors = {method.label: method for method in preset.methods}, available_editors()
+    found = []
+    for name in names:
+        if name not in labels and name not in editors:
+            near = difflib.get_close_matches(name, [*labels, *editors], n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
+            others = ", ".join(sorted(set(editors) - set(labels)))
+            raise ConfigError(
+                f"{preset.name} has no method {name!r}, and there is no editor of that name; {hint}"
+                f"it has {', '.join(labels) or 'none'}; further editors are {others}"
+            )
+        setting = preset.methods[0].setting if preset.methods else "single"
+        found.append(labels.get(name) or Method(name, name, setting, MODEL))
+    return tuple(found)

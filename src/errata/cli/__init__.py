@@ -5,20 +5,20 @@ from typing import Annotated
 import typer
 
 from errata import __version__
-from errata.cli import demo, export, fit, flexibility, inspect, scope, statistics, trace, tune, verify
+from errata.cli import bench, data, demo, export, fit, flexibility, inspect, scope, statistics, trace, tune, verify
 from errata.cli.common import CommandGroup
 
 HELP = """Correct facts inside language models, check that the correction took, and take it back at any time.
 
 Begin with **errata demo**; then **updates** (real changes to try), **fit**, **ask**, **verify** and **show**; **methods**
-lists the editing methods and their options, **calibrate** learns a model's scope test.
+lists the editing methods and their options, **calibrate** learns a model's scope test, **bench** makes the papers' tables.
 
 With **--json** a command prints exactly one JSON object on standard output;
 progress, notices and errors go to standard error.
 
 Exit codes: 0 all went well; 1 the command worked, but a check failed (verify --min-..., or logits that detaching did
-not restore); 2 wrong usage or input, with one sentence that says what; 130 interrupted (a fit keeps its finished edits and
-goes on when repeated).
+not restore); 2 wrong usage or input, with one sentence that says what; 130 interrupted (a fit keeps its finished edits, a
+benchmark its finished units, and both go on when repeated).
 """
 
 app = typer.Typer(
@@ -60,6 +60,8 @@ app.command("updates")(inspect.updates)
 app.command("trace")(trace.trace)
 app.command("tune")(tune.tune)
 app.command("flexibility")(flexibility.flexibility)
+app.add_typer(bench.app, name="bench")
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import errata.files
 from errata.errors import StatisticsError
 from errata.files import write_atomically
 from errata.maths.covariance import SecondMoment
@@ -31,11 +32,8 @@ _NOT_IN_CONFIG = ("transformers_version", "_name_or_path", "architectures", "dty
 
 
 def cache_directory() -> Path:
-    """`statistics` under ERRATA_CACHE, else under errata in XDG_CACHE_HOME, else in ~/.cache."""
-    if own := os.environ.get("ERRATA_CACHE"):
-        return Path(own).expanduser() / "statistics"
-    root = Path(os.environ.get("XDG_CACHE_HOME", ""))  # the XDG specification has relative ones ignored
-    return (root if root.is_absolute() else Path.home() / ".cache") / "errata" / "statistics"
+    """Where statistics are kept: `statistics` in the user's cache directory."""
+    return errata.files.cache_directory("statistics")
 
 
 def weights_up_to(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, str]:

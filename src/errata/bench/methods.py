@@ -1,0 +1,69 @@
+"""Methods as a model has them: strengths that were chosen for it, and references from its own world.
+
+Presets of benchmarks name methods for any model. `preset="model"` stands for the options that `editors._models` has for the
+very model, and for the editor's defaults where it has none; STEAM takes those of its base, and on Atlas references from
+Atlas's facts, which it gets as a file, as any user would give them.
+"""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from errata.bench.preset import Method
+from errata.editors import get_editor
+from errata.files import cache_directory, write_atomically
+from errata.model.anatomy import anatomy
+
+MODEL = "model"
+
+
+def is_atlas(model_name: str) -> bool:
+    """Whether a model's name means Atlas: bundled, or a directory that `errata.atlas.train` exported."""
+    from errata.model.loading import bundled
+
+    return model_name in bundled() or (Path(model_name).expanduser() / "recipe.json").is_file()
+
+
+def resolved(method: Method, model: Any, model_name: str) -> Method:
+    """The method with `preset="model"` replaced by a preset's name, by none, or by STEAM's options; any other as it is.
+
+    STEAM's change "depth", a first and a last share of the layers, becomes the aligned layers of this model.
+    """
+    if method.preset != MODEL:
+        return method
+    from errata.editors._models import for_model
+
+    row = for_model(model)
+    name = row.name if row else ""
+    if method.editor == "steam":
+        changes = dict(method.changes)
+        options = dict(get_editor(str(changes.get("base", "rome"))).presets.get(name, {}))
+        if is_atlas(model_name):
+            options["references"] = str(atlas_references())
+        if (depth := changes.pop("depth", None)) is not None:
+            n = anatomy(model).n_layers
+            first = min(n - 1, round(depth[0] * n))
+            options["aligned"] = (first, min(n - 1, max(first, round(depth[1] * n) - 1)))
+        return replace(method, preset=None, changes={**options, **changes})
+    return replace(method, preset=name if name in get_editor(method.editor).presets else None)
+
+
+def atlas_references() -> Path:
+    """Atlas's facts as reference triples in a JSONL file of the user's cache, named by its content."""
+    from errata.atlas.references import references
+    from errata.atlas.world import load_world
+
+    lines = [
+        json.dumps(
+            {"subject": r.subject, "relation": r.relation, "object": r.object, "prompt": r.prompt}, ensure_ascii=False
+        )
+        for r in references(load_world())
+    ]
+    text = "".join(f"{line}\n" for line in lines)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    path = cache_directory("references") / f"atlas-{digest}.jsonl"
+    if not path.is_file():
+        write_atomically(path, text)
+    return path

@@ -1,0 +1,175 @@
+"""What presets share: the methods under their labels, where cases come from, and how figures are drawn of rows."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.bench.cases import Case, Probe
+from errata.bench.methods import MODEL, is_atlas
+from errata.bench.preset import Context, Method
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+    from errata.bench.figures import Point, Series
+    from errata.bench.intervals import Rate
+    from errata.bench.queries import Metric
+    from errata.bench.tables import Table
+
+UNEDITED = "unedited"
+
+# SAKE with all edits loaded and the gate deciding among them; `alone`: the papers' protocol, each edit by itself.
+SAKE = Method("sake", "sake", "all")
+SAKE_ALONE = Method("sake-alone", "sake", "single")
+SAKE_OPEN = Method(
+    "sake-open", "sake", "single", changes={"radius": 1e6, "reach": None}
+)  # for protocols that look through it
+# The paper's and the code's plain settings. Their gate is a sentence encoder that a hub has to provide; these stand behind the
+# model's own gate instead, and notes under the tables say so.
+OWN_GATE: Mapping[str, Any] = {"gate": "auto", "radius": None}
+SAKE_PAPER = Method("sake-paper", "sake", "single", "paper-gpt2-xl-counterfact", OWN_GATE)
+SAKE_CODE = Method("sake-code", "sake", "single", "code-counterfact", OWN_GATE)
+SAKE_PAPER_POPULAR = Method("sake-paper", "sake", "single", "paper-gpt2-xl-popular", OWN_GATE)
+SAKE_CODE_POPULAR = Method("sake-code", "sake", "single", "code-popular", OWN_GATE)
+UNIFORM = Method("uniform", "uniform", "single")
+ACTADD = Method("actadd", "actadd", "single")
+ICL = Method("icl", "icl", "single")
+# Weight editors take the strengths that were chosen for the model, where there are any ("model"); published ones beside them.
+ROME = Method("rome", "rome", "single", MODEL)
+ROME_PUBLISHED = Method("rome-published", "rome", "single", "published")
+MEMIT = Method("memit", "memit", "all", MODEL)
+COMPMEMIT = Method("compmemit", "compmemit", "all", MODEL)
+GATE_NOTE = (
+    "sake-paper and sake-code are the paper's and the released code's plain settings behind this model's own gate: theirs is a "
+    "sentence encoder, which a hub has to provide."
+)
+PROTOCOL_NOTE = (
+    "sake: all edits loaded, and the gate decides among them. memit, compmemit: all edits in one write. Others: each edit "
+    "alone."
+)
+
+
+def draw(
+    context: Context,
+    n: int,
+    *,
+    atlas: str = "atlas-counterfact",
+    published: str = "counterfact",
+    published_n: int | None = None,
+    **atlas_options: str,
+) -> list[Case]:
+    """The context's cases: of the data set that it names, else Atlas's for Atlas, and the paper's for any other model.
+
+    The number is the context's, else `n` for Atlas's data and `published_n` for others (None: all that there are).
+    atlas_options: of Atlas's data set alone.
+    """
+    from errata.bench.data.registry import load_cases
+
+    name = context.data or (atlas if is_atlas(context.model_name) else published)
+    number = context.n if context.n is not None else n if name.startswith("atlas") else published_n
+    options = atlas_options if name == atlas else {}
+    return load_cases(name, n=number, seed=context.seed, split=context.split, **options)
+
+
+def only(cases: Iterable[Case], *kinds: str, most: Mapping[str, int] | None = None) -> list[Case]:
+    """The cases with probes of these kinds alone; `most`: at most so many of a kind in a case."""
+    found = []
+    for case in cases:
+        count: dict[str, int] = {}
+        kept: list[Probe] = []
+        for probe in case.probes:
+            count[probe.kind] = count.get(probe.kind, 0) + 1
+            if probe.kind in kinds and count[probe.kind] <= (most or {}).get(probe.kind, count[probe.kind]):
+                kept.append(probe)
+        found.append(replace(case, probes=tuple(kept)))
+    return found
+
+
+def labels(rows: "DataFrame") -> list[str]:
+    """The run's methods, the unedited model first, in the order of the run."""
+    found = list(dict.fromkeys(rows["method"]))
+    return sorted(found, key=lambda name: name != UNEDITED)
+
+
+def point(x: float, rate: "Rate") -> "Point":
+    """A rate as a point of a curve."""
+    from errata.bench.figures import Point
+
+    return Point(x, rate.value, rate.low, rate.high)
+
+
+def by_length(
+    rows: "DataFrame", metric: "str | Metric", method: str, tag: str, style: str = "", label: str = ""
+) -> "Series":
+    """A metric of one method over a tag whose values are numbers."""
+    from errata.bench.figures import Series
+    from errata.bench.metrics import by_tag
+
+    found = by_tag(rows, metric, method, tag)
+    points = sorted((float(value), rate) for value, rate in found.items())
+    return Series(label or method, tuple(point(x, rate) for x, rate in points), style or method)
+
+
+def tagged(rows: "DataFrame", **tags: str) -> "DataFrame":
+    """The rows whose tags have these values; a probe without such a tag is left out."""
+    return rows[[all(found.get(name) == value for name, value in tags.items()) for found in rows["tags"]]]
+
+
+def tagged_or_untagged(rows: "DataFrame", **tags: str) -> "DataFrame":
+    """The rows whose tags have these values, and those without such tags."""
+    return rows[[all(found.get(name, value) == value for name, value in tags.items()) for found in rows["tags"]]]
+
+
+def gated(rows: "DataFrame") -> list[str]:
+    """The methods that have gates."""
+    return [label for label in labels(rows) if rows.loc[rows["method"] == label, "gate"].notna().any()]
+
+
+def tag_values(rows: "DataFrame", tag: str) -> list[str]:
+    """The values of a tag, in the order of the rows."""
+    return list(dict.fromkeys(found[tag] for found in rows["tags"] if tag in found))
+
+
+def cost_table(run: Path) -> "Table":
+    """Seconds and bytes of an edit, and tokens per second with the edits in."""
+    from errata.bench.rows import read_fits
+    from errata.bench.tables import speed_table
+
+    path = run / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return speed_table(read_fits(run), summary)
+
+
+def picture(run: Path, name: str, figure: "Figure") -> Path:
+    """The figure as a PNG file of the run."""
+    from errata.locate.figures import save_figure
+
+    path = run / "figures" / f"{name}.png"
+    save_figure(figure, path)
+    return path
+
+
+def rates(
+    rows: "DataFrame", metrics: Mapping[str, str], methods: Sequence[str] | None = None
+) -> dict[str, dict[str, "Rate"]]:
+    """method -> column -> figure, without those that there are none of."""
+    from errata.bench.metrics import score
+
+    found: dict[str, dict[str, Rate]] = {}
+    for method in methods or labels(rows):
+        own = {column: score(rows, metric, method) for column, metric in metrics.items()}
+        found[method] = {column: rate for column, rate in own.items() if rate is not None}
+    return found
+
+
+def dot_figure(rows: "DataFrame", run: Path, name: str, metrics: Mapping[str, str]) -> Path:
+    """A table's shares as dots with their intervals."""
+    from errata.bench.figures import dots
+
+    found = rates(rows, metrics)
+    values = {m: {c: (r.value, r.low, r.high) for c, r in own.items()} for m, own in found.items() if own}
+    columns = [c for c in metrics if any(c in own for own in values.values())]
+    return picture(run, name, dots(values, columns))

@@ -1,0 +1,64 @@
+"""SAKE's radar chart: all metrics of one model (Scialanga et al. 2025)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from errata.bench.cases import Case
+from errata.bench.makers import doubts
+from errata.bench.preset import Context, Preset
+from errata.bench.presets import _common as common
+from errata.bench.presets import sake_counterfact, sake_doubt, sake_ripple
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from errata.bench.tables import Table
+
+N, PUBLISHED_N = 40, 150
+METRICS = sake_counterfact.OURS | {k: v for k, v in sake_ripple.OURS.items() if k != "Acc"} | {
+    letters: sake_doubt.OURS[letters] for letters in ("DI", "DII")
+}  # fmt: skip
+
+
+def cases(context: Context) -> Sequence[Case]:
+    """As many CounterFact edits, with doubts, as RippleEdits edits; edits of a fact that is in both are taken once."""
+    plain = replace(context, data=None)
+    first = common.only(common.draw(plain, N, published_n=PUBLISHED_N), "edit", "paraphrase", "neighborhood")
+    first = [replace(c, id=f"counterfact-{c.id}", probes=(*c.probes, *doubts(c)[:2])) for c in first]
+    options = {"atlas": "atlas-ripple", "published": "ripple-popular", "published_n": PUBLISHED_N}
+    keys = {case.request.key for case in first}
+    second = [replace(c, id=f"ripple-{c.id}") for c in common.draw(plain, N, **options) if c.request.key not in keys]
+    return [*first, *second]
+
+
+def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
+    """All metrics, by our protocol."""
+    from errata.bench.tables import metric_table
+
+    return [metric_table(rows, "All metrics", METRICS, note=common.PROTOCOL_NOTE)]
+
+
+def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:
+    """The radar chart."""
+    from errata.bench.figures import radar
+
+    found = common.rates(rows, METRICS)
+    columns = [c for c in METRICS if any(c in own for own in found.values())]
+    values = {method: {c: rate.value for c, rate in own.items()} for method, own in found.items()}
+    path = common.picture(run, "sake-spider", radar(values, columns))
+    return [(path, "All metrics of one model by our protocol, per cent; the centre is 0.")]
+
+
+PRESET = Preset(
+    "sake-spider",
+    "SAKE on all metrics",
+    "Scialanga et al. 2025, radar chart",
+    cases,
+    (common.SAKE, common.ROME, common.MEMIT, common.ACTADD, common.UNIFORM, common.ICL),
+    tables,
+    n=N,
+    published_n=PUBLISHED_N,
+    figures=figures,
+)

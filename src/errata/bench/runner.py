@@ -1,0 +1,345 @@
+"""The runner: a preset's cases and methods cut into jobs, and the jobs' rows and fits written as they come.
+
+    plan ──► jobs (a method × a shard of cases) ──► an engine's workers fit and ask ──► units/*.parquet, fits/*.parquet
+
+Shards are fixed by the run and not by the workers. Every unit is written whole or not at all; a run that was stopped at any
+moment, by Ctrl-C or `kill -9`, goes on with the units that are absent, and fits that had been made come from the patch cache.
+
+- single: each edit alone on the model, one patch per row of a batch;
+- all: all edits attached at once (a joint method fits them in one write);
+- sequential: edit after edit, weight edits merged and the next one fitted on the merged model; at each checkpoint all edits so
+  far are asked, with their `position` as a tag. "all" and "sequential" are also asked the preset's probes of the world.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+
+import errata
+from errata.bench.cases import Case
+from errata.bench.engines import Engine, LocalEngine, WorkerPlan
+from errata.bench.methods import resolved
+from errata.bench.preset import Context, Method, Preset
+from errata.bench.rows import UNEDITED, write_cases
+from errata.bench.store import PatchCache, RunDirectory, file_names, json_config
+from errata.bench.worker import Given, Job, Outcome, Worker, editor_of
+from errata.errors import ConfigError, EditError
+from errata.patch import Patch
+from errata.prompts.sources import with_old_object
+
+SHARD = 32  # cases
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to do: everything that decides its rows, and where the model is loaded from."""
+
+    preset: Preset
+    model_name: str
+    methods: tuple[Method, ...]
+    n: int | None = None
+    seed: int = 0
+    data: str | None = None
+    split: Literal["dev", "test"] = "test"
+    dtype: str | None = None
+    device_map: str | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is. left: seconds that the rest should take, by the pace of the same methods' jobs so far; None at first."""
+
+    done: int
+    total: int
+    job: Job
+    outcome: Outcome
+    left: float | None
+
+
+@dataclass
+class _Pace:
+    """Seconds by method and kind, for the estimate."""
+
+    seconds: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+
+    def note(self, job: Job, outcome: Outcome) -> None:
+        self.seconds.setdefault((job.method, job.kind), []).append(outcome.seconds)
+
+    def left(self, jobs: Sequence[Job], workers: int) -> float | None:
+        everything = [s for found in self.seconds.values() for s in found]
+        if not everything:
+            return None
+        mean = sum(everything) / len(everything)
+        known = {key: sum(found) / len(found) for key, found in self.seconds.items()}
+        return sum(known.get((job.method, job.kind), mean) for job in jobs) / max(1, workers)
+
+
+def run(
+    plan: Plan,
+    out: str | Path,
+    model: Any,
+    tokenizer: Any,
+    *,
+    engine: Engine | None = None,
+    command: str = "",
+    cache: str | Path | bool | None = None,
+    answers: dict[Any, dict[str, Any]] | None = None,
+    shard: int = SHARD,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> RunDirectory:
+    """Run a plan into the directory `out`, or go on with what it lacks. The model is left as found.
+
+    model, tokenizer: those of the plan's name, already loaded; the workers of other engines load their own. cache: the folder
+    of patches (None: the user's, False: none). answers: what the unedited model said in earlier runs of this process with the
+    same model, which this one adds to. Raises ConfigError naming the difference if `out` holds another run, or for
+    methods with one label or cases with one id; EditError of what the preset's cases need. A fit that fails is an entry in
+    the run's fits, and stops nothing.
+    """
+    engine, directory = engine or LocalEngine(), RunDirectory(out)
+    plan = replace(plan, methods=tuple(resolved(method, model, plan.model_name) for method in plan.methods))
+    _different("methods", "label", [UNEDITED, *(method.label for method in plan.methods)])
+    editors = {method.label: editor_of(method) for method in plan.methods}
+    context = Context(plan.model_name, model, tokenizer, plan.n, plan.seed, plan.split, plan.data)
+    cases = [_with_old_object(model, tokenizer, case) for case in plan.preset.cases(context)]
+    _different("cases", "id", [case.id for case in cases])
+    world = list(plan.preset.world(context)) if plan.preset.world is not None else []
+    patches = PatchCache(model, tokenizer, cache)
+    spec = {
+        "preset": plan.preset.name,
+        "model": plan.model_name,
+        "weights": _digest(patches.base),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "device_map": plan.device_map,
+        "methods": {m.label: {"config": json_config(editors[m.label]), **_method_json(m)} for m in plan.methods},
+        "data": plan.data,
+        "split": plan.split,
+        "asked_n": plan.n,
+        "n": len(cases),
+        "seed": plan.seed,
+        "cases": _digest([_case_json(case) for case in cases] + [_json(probe) for probe in world]),
+        "checkpoints": list(plan.preset.checkpoints),
+        "shard": shard,
+    }
+    about = {"command": command, "engine": engine.name, **environment(model), "started": _now()}
+    with directory.locked():
+        if not directory.begin(spec, about):
+            write_cases(directory.path, cases)
+        jobs = plan_jobs(plan.methods, len(cases), len(world), plan.preset.checkpoints, shard)
+        work = _Work(directory, plan, jobs, progress, engine)
+        workers = WorkerPlan(
+            plan.model_name, plan.dtype, plan.device_map, tuple(cases), tuple(world), plan.methods, plan.seed, cache
+        )
+        with Worker(
+            model, tokenizer, cases, world, plan.methods, seed=plan.seed, cache=patches, answers=answers
+        ) as worker:
+            engine.run(work.lacking(), work.given, work.take, workers, worker)
+        if plan.preset.extra is not None and not (directory.path / "extra.json").exists():
+            plan.preset.extra(context, directory.path)
+            directory.write_json("extra.json", {"made": _now()})
+        directory.finish(summary(directory, plan.methods), _now())
+    patches.trim()
+    return directory
+
+
+def plan_jobs(
+    methods: Sequence[Method], n: int, world: int, checkpoints: Sequence[int] = (), shard: int = SHARD
+) -> list[Job]:
+    """A run's jobs, each behind those that it needs: fixed by the methods, the number of cases and the size of a shard."""
+    shards = [(start, min(n, start + shard)) for start in range(0, n, shard)]
+    jobs = [Job(f"{UNEDITED}-{k:04}", "ask", UNEDITED, span) for k, span in enumerate(shards)]
+    asked = [job.name for job in jobs]
+    if world:
+        jobs.append(Job(f"{UNEDITED}-world", "world", UNEDITED))
+    names = file_names([method.label for method in methods])
+
+    def ask(method: Method, prefix: str, edits: int, fits: Sequence[str]) -> None:
+        for k, (start, stop) in enumerate(shards):
+            if start < edits:
+                span = (start, min(stop, edits))
+                jobs.append(Job(f"{prefix}-{k:04}", "ask", method.label, span, edits, (asked[k], *fits)))
+        if world:
+            jobs.append(Job(f"{prefix}-world", "world", method.label, (0, 0), edits, (f"{UNEDITED}-world", *fits)))
+
+    for method in methods:
+        label, name, fits = method.label, names[method.label], []
+        if method.setting == "single":
+            for k, span in enumerate(shards):
+                jobs.append(Job(f"{name}-{k:04}", "single", label, span, 1, (asked[k],)))
+        elif method.setting == "all":
+            joint = editor_of(method).joint
+            for k, span in enumerate([(0, n)] if joint else shards):
+                jobs.append(Job(f"{name}-fit-{k:04}", "fit", label, span))
+                fits.append(jobs[-1].name)
+            ask(method, name, n, fits)
+        else:
+            stops = sorted({min(n, checkpoint) for checkpoint in (*checkpoints, n)} - {0})
+            for start, stop in zip([0, *stops], stops, strict=False):
+                jobs.append(Job(f"{name}-fit-{stop:05}", "chain", label, (start, stop), stop, tuple(fits)))
+                fits = [*fits, jobs[-1].name]
+                ask(method, f"{name}-{stop:05}", stop, fits)
+        edits = 1 if method.setting == "single" else n
+        jobs.append(Job(name, "speed", label, (0, n), edits, tuple(fits)))
+    return jobs
+
+
+class _Work:
+    """The jobs of a run that are still to do, what each is given, and where its results go."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        plan: Plan,
+        jobs: Sequence[Job],
+        progress: Callable[[Progress], None],
+        engine: Engine,
+    ):
+        self.directory, self.plan, self.progress, self.engine = directory, plan, progress, engine
+        self.jobs = {job.name: job for job in jobs}
+        self.total, self.pace = len(jobs), _Pace()
+        self._patches: dict[str, tuple[Patch, ...]] = {}
+        self._left = self.lacking()
+        self._done = self.total - len(self._left)
+
+    def lacking(self) -> list[Job]:
+        """The jobs whose results are not there. A fit that is there is done again, from the cache, where patches are needed."""
+        lacking = [job for job in self.jobs.values() if not self._is_there(job)]
+        needed = {name for job in lacking for name in job.needs if self.jobs[name].kind in ("fit", "chain")}
+        return [job for job in self.jobs.values() if job in lacking or job.name in needed]
+
+    def _is_there(self, job: Job) -> bool:
+        if job.kind == "speed":
+            return (self.directory.path / "speeds" / f"{job.name}.json").exists()
+        fits = job.kind not in ("single", "fit", "chain") or self.directory.has_fits(job.name)
+        rows = job.kind not in ("single", "ask", "world") or self.directory.has(job.name)
+        return fits and rows
+
+    def given(self, job: Job) -> Given:
+        """What the job is given; the jobs that it needs are done."""
+        fits = [name for name in job.needs if self.jobs[name].kind in ("fit", "chain")]
+        patches = [patch for name in fits for patch in self._patches[name]]
+        answers = next((name for name in job.needs if self.jobs[name].method == UNEDITED), None)
+        return Given(self.directory.answers(answers) if answers else {}, patches)
+
+    def take(self, job: Job, outcome: Outcome) -> None:
+        """Write what a job has made, fits before rows: a unit with rows has all."""
+        about = {"run": self.directory.name, "model": self.plan.model_name}
+        if outcome.fits is not None and not self.directory.has_fits(job.name):
+            self.directory.write_fits(job.name, [about | fit for fit in outcome.fits])
+        if outcome.rows is not None:
+            self.directory.write(job.name, [about | row for row in outcome.rows])
+        if outcome.speed is not None:
+            self.directory.write_json(f"speeds/{job.name}.json", {"method": job.method, **outcome.speed})
+        if job.kind in ("fit", "chain"):
+            self._patches[job.name] = outcome.patches
+        self._left.remove(job)
+        self._done += 1
+        self.pace.note(job, outcome)
+        left = self.pace.left(self._left, self.engine.workers)
+        self.progress(Progress(self._done, self.total, job, outcome, left))
+
+
+# -- what is kept with a run ---------------------------------------------------------------------------------------------
+
+
+def summary(directory: RunDirectory, methods: Sequence[Method]) -> dict[str, Any]:
+    """By method: seconds and bytes for each fit, failed cases by name, tokens per second with the edits and without."""
+    fits = directory.fits()
+    found: dict[str, Any] = {}
+    for label, name in file_names([method.label for method in methods]).items():
+        own = [fit for fit in fits if fit["method"] == label]
+        made = [fit for fit in own if not fit["error"]]
+        speed = json.loads((directory.path / "speeds" / f"{name}.json").read_text(encoding="utf-8"))
+        pace, plain = speed.get("tokens_per_second"), speed.get("unedited")
+        found[label] = {
+            "fits": len(made),
+            "failed": {fit["case"]: fit["error"] for fit in own if fit["error"]},
+            "seconds_per_fit": sum(fit["seconds"] for fit in made) / len(made) if made else None,
+            "bytes_per_edit": sum(fit["nbytes"] for fit in made) / len(made) if made else None,
+            "edits_while_timed": speed.get("edits"),
+            "tokens_per_second": pace,
+            "tokens_per_second_unedited": plain,
+            "speed": pace / plain if pace and plain else None,
+        }
+    return {"methods": found}
+
+
+def environment(model: Any) -> dict[str, Any]:
+    """What a run is measured on: versions, threads and the class of the machine, without its name."""
+    import numpy
+    import pandas
+    import pyarrow
+
+    affinity = getattr(os, "sched_getaffinity", None)
+    device = next(model.parameters()).device
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    return {
+        "versions": {
+            "errata": errata.__version__,
+            "python": platform.python_version(),
+            **{m.__name__: m.__version__ for m in (torch, transformers, numpy, pandas, pyarrow)},
+        },
+        "threads": torch.get_num_threads(),
+        "machine": {
+            "cores": len(affinity(0)) if affinity else os.cpu_count(),
+            "memory_gib": round(pages / 2**30) or None,
+            "processor": platform.machine(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        },
+    }
+
+
+def methods_of(spec: dict[str, Any]) -> tuple[Method, ...]:
+    """The methods of a run's `spec`, as they were asked for."""
+    names = [f.name for f in dataclasses.fields(Method)]
+    return tuple(Method(**{name: method[name] for name in names}) for method in spec["methods"].values())
+
+
+def _method_json(method: Method) -> dict[str, Any]:
+    return {**_json(method), "changes": dict(json.loads(json.dumps(dict(method.changes), default=list)))}
+
+
+def _json(value: Any) -> dict[str, Any]:
+    values = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return {name: dict(v) if isinstance(v, Mapping) else v for name, v in values.items()}
+
+
+def _case_json(case: Case) -> dict[str, Any]:
+    return _json(replace(case, probes=())) | {
+        "request": json.loads(case.request.to_json()),
+        "probes": [_json(probe) for probe in case.probes],
+    }
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _different(what: str, field_: str, values: Sequence[str]) -> None:
+    if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+        raise ConfigError(f"two {what} of a run have the {field_} {twice[0]!r}; give each its own")
+
+
+def _with_old_object(model: Any, tokenizer: Any, case: Case) -> Case:
+    """The case with the model's own answer as old object where its request names none, as every method needs or fills in.
+
+    A case whose old object cannot be found stays as it is: methods that need one fail on it, by name.
+    """
+    try:
+        return replace(case, request=with_old_object(model, tokenizer, case.request))
+    except EditError:
+        return case

@@ -1,0 +1,268 @@
+"""A run on disk, and the cache of patches that runs share.
+
+A run's directory holds `run.json` (what was asked for), `units/<unit>.parquet` (rows), `fits/<unit>.parquet`, `speeds/<method>.json`
+and, once all is done, `summary.json`. Every file is whole or absent, so a run that was killed goes on with the units that it lacks.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import errata
+from errata.edit import EditRequest
+from errata.editor import Editor
+from errata.errors import ConfigError, PatchFormatError
+from errata.files import cache_directory, write_atomically
+from errata.model.fingerprint import base_of
+from errata.patch import Patch, load_patch
+from errata.scope.gate import gate_for
+
+CACHE_LIMIT = 4 << 30  # bytes
+# What a fit's numbers depend on in this package; benchmarks, the command line and Atlas's data reach a fit as requests only.
+_CODE = ("*.py", "editors/*", "maths/*", "model/*", "prompts/*", "scope/*")
+
+
+class RunDirectory:
+    """One run's files."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def name(self) -> str:
+        """The directory's name: the `run` of its rows."""
+        return self.path.resolve().name
+
+    def read(self) -> dict[str, Any]:
+        """`run.json`. Raises ConfigError if there is none."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.path} is not a run of `errata bench`: no readable run.json ({error})") from None
+        return found
+
+    def begin(self, spec: Mapping[str, Any], about: Mapping[str, Any]) -> bool:
+        """Write `run.json`, or find that it asks for the same; whether the run goes on from an earlier start.
+
+        spec: what decides the rows; about: what else is kept (command, versions, machine, time). Raises ConfigError naming
+        the first difference if the directory holds another run, or things that are no run's.
+        """
+        spec = json.loads(json.dumps(spec))
+        if not (self.path / "run.json").exists():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise ConfigError(f"{self.path} holds other files and no run; name a new or an empty directory")
+            self.write_json("run.json", {"spec": spec, **about, "resumed": []})
+            return False
+        there = self.read()
+        if (found := difference(there["spec"], spec)) is not None:
+            raise ConfigError(f"{self.path} holds another run ({found}); name another directory, or repeat its command")
+        for file in self.path.glob("**/.*.parquet.*"):  # what a killed process was writing
+            file.unlink(missing_ok=True)
+        self.write_json("run.json", there | {"resumed": [*there["resumed"], dict(about)]})
+        return True
+
+    def finish(self, summary: Mapping[str, Any], finished: str) -> None:
+        """Write `summary.json` and the time into `run.json`."""
+        self.write_json("summary.json", summary)
+        self.write_json("run.json", self.read() | {"finished": finished})
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON file, whole or not at all."""
+        write_atomically(self.path / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def has(self, unit: str) -> bool:
+        """Whether a unit's rows are there."""
+        return (self.path / "units" / f"{unit}.parquet").exists()
+
+    def has_fits(self, unit: str) -> bool:
+        """Whether a unit's fits are there."""
+        return (self.path / "fits" / f"{unit}.parquet").exists()
+
+    def write(self, unit: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write a unit's rows, whole or not at all."""
+        from errata.bench.rows import SCHEMA, write_rows
+
+        write_rows(self.path / "units" / f"{unit}.parquet", rows, SCHEMA)
+
+    def write_fits(self, unit: str, fits: Sequence[Mapping[str, Any]]) -> None:
+        """Write a unit's fits, whole or not at all."""
+        from errata.bench.rows import FITS, write_rows
+
+        write_rows(self.path / "fits" / f"{unit}.parquet", fits, FITS)
+
+    def answers(self, unit: str) -> dict[tuple[str, int], str]:
+        """{(case, probe): greedy answer} of an unedited unit."""
+        import pyarrow.parquet as pq
+
+        columns = pq.read_table(self.path / "units" / f"{unit}.parquet", columns=["case", "probe", "unedited"])
+        return {
+            (row["case"], row["probe"]): row["unedited"] for row in columns.to_pylist() if row["unedited"] is not None
+        }
+
+    def fits(self) -> list[dict[str, Any]]:
+        """All fits so far, one for each method and case."""
+        import pyarrow.parquet as pq
+
+        paths = sorted((self.path / "fits").glob("[!.]*.parquet"))
+        return [row for path in paths for row in pq.read_table(path).to_pylist()]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process works on this run. Raises ConfigError if one does. A killed process holds no lock."""
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(f"another process is at work on the run in {self.path}; wait for it") from None
+            yield
+        finally:
+            os.close(folder)
+
+
+def difference(there: Any, here: Any, where: str = "") -> str | None:
+    """The first place where two JSON values differ, in words; None if they are equal."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*there, *(k for k in here if k not in there)]:
+            found = difference(there.get(key), here.get(key), f"{where}.{key}" if where else str(key))
+            if found is not None:
+                return found
+        return None
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = enumerate(zip(there, here, strict=True))
+        return next((f for i, (a, b) in pairs if (f := difference(a, b, f"{where}[{i}]")) is not None), None)
+    if there == here:
+        return None
+    names = (_brief(value) for value in (there, here))
+    return "{} is {} there and {} here".format(where, *names)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, list) and value and all(isinstance(v, dict) and "label" in v for v in value):
+        return ", ".join(v["label"] for v in value)
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def file_names(labels: Sequence[str]) -> dict[str, str]:
+    """{label: a name for files}, the same for the same labels, all different."""
+    found: dict[str, str] = {}
+    for label in labels:
+        name = re.sub(r"[^\w.+]+", "_", label).strip("_.") or "method"
+        while name in (*found.values(), "unedited"):
+            name += "_"
+        found[label] = name
+    return found
+
+
+class PatchCache:
+    """Patches by what they were fitted from: the model's weights, the requests, the editor with its options, the seed.
+
+    folder: None is `patches` in the user's cache directory, False keeps and finds nothing. What was least recently used goes
+    first when `limit` bytes are exceeded. Key statistics that an editor finds by itself (`statistics="auto"` on a model
+    without a corpus of its own) are not in the key: after gathering others, empty the folder.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, folder: str | Path | bool | None = None, limit: int = CACHE_LIMIT):
+        if isinstance(folder, bool):
+            self.folder = None if folder is False else cache_directory("patches")
+        else:
+            self.folder = Path(folder) if folder is not None else cache_directory("patches")
+        self.limit = limit
+        self.base = base_of(model, tokenizer, [name for name, _ in model.named_parameters()])
+        gate = gate_for(model, tokenizer)
+        self._identity = {
+            "base": self.base,
+            "name": str(getattr(model.config, "_name_or_path", "")) if self.base["quantised"] else "",
+            "dtype": str(next(model.parameters()).dtype),
+            "device": next(model.parameters()).device.type,
+            "gate": gate.digest if gate else None,
+            "code": code_digest(),
+            "versions": [torch.__version__, transformers.__version__],
+        }
+
+    def key(self, editor: Editor[Any], requests: Sequence[EditRequest], seed: int, before: str = "") -> str:
+        """What one fit is kept under. before: the key of the last of the edits that were in the weights already."""
+        about = {
+            "method": editor.method,
+            "config": json_config(editor),
+            "files": _named_files(editor),
+            "requests": [request.id for request in requests],
+            "seed": seed,
+            "before": before,
+            "source": "" if type(editor).__module__.startswith("errata.") else inspect.getsource(type(editor)),
+        }
+        text = json.dumps(self._identity | about, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+    def find(self, key: str) -> Patch | None:
+        """The patch, or None; a damaged file is none."""
+        if self.folder is None:
+            return None
+        path = self._path(key)
+        try:
+            patch = load_patch(path)
+            os.utime(path)
+        except (PatchFormatError, OSError):
+            return None
+        return patch
+
+    def keep(self, key: str, patch: Patch) -> None:
+        """Write a patch, whole or not at all; a cache that cannot be written is no reason to stop."""
+        if self.folder is not None:
+            with suppress(OSError):
+                patch.save(self._path(key))
+
+    def trim(self) -> int:
+        """Remove the least recently used patches beyond the limit; how many."""
+        files = [(p.stat(), p) for p in self.folder.glob("*/*.safetensors")] if self.folder else []
+        total, removed = sum(stat.st_size for stat, _ in files), 0
+        for stat, path in sorted(files, key=lambda found: found[0].st_mtime):
+            if total <= self.limit:
+                break
+            path.unlink(missing_ok=True)
+            total, removed = total - stat.st_size, removed + 1
+        return removed
+
+    def _path(self, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+
+def json_config(editor: Editor[Any]) -> dict[str, Any]:
+    """An editor's configuration as JSON values."""
+    from dataclasses import asdict
+
+    found: dict[str, Any] = json.loads(json.dumps(asdict(editor.config), default=str))
+    return found
+
+
+def code_digest() -> str:
+    """SHA-256 of the package's sources that a fit runs through."""
+    root = Path(errata.__file__).parent
+    sha = hashlib.sha256()
+    for path in sorted(p for pattern in _CODE for p in root.glob(pattern) if p.suffix in (".py", ".json")):
+        sha.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return sha.hexdigest()
+
+
+def _named_files(editor: Editor[Any]) -> dict[str, str]:
+    """Digests of the files that a configuration names: gates, statistics, texts."""
+    values = [v for value in json_config(editor).values() for v in (value if isinstance(value, list) else [value])]
+    paths = [Path(v) for v in values if isinstance(v, str) and len(v) < 1000 and "\0" not in v]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}

@@ -1,0 +1,303 @@
+"""Presets, and the probes that they make."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from errata.bench import makers
+from errata.bench.cases import Case, Probe
+from errata.bench.figures import Point, Series, curves, dots, matrix, radar, styles_of
+from errata.bench.methods import MODEL, resolved
+from errata.bench.preset import Context, Method, available_presets, get_preset
+from errata.bench.presets import _common as common
+from errata.bench.presets import lifelong, sake_ot, sake_threshold
+from errata.edit import EditRequest
+from errata.editors import available_editors
+from errata.errors import ConfigError, RecordError, RequestError
+from errata.model.tokens import token_ids
+
+PAPERS = {"sake-counterfact", "sake-ripple", "sake-doubt", "sake-ot", "sake-spider", "sake-threshold", "sake-prompts",
+          "rome-counterfact", "rome-trace", "steam-counterfact", "steam-sweep"}  # fmt: skip
+OURS = {"sake-context", "sake-qa", "reverse", "flexibility", "lifelong"}
+
+
+@pytest.fixture(scope="module")
+def atlas() -> Any:
+    import errata
+
+    return errata.load("atlas")
+
+
+@pytest.fixture
+def case() -> Case:
+    """An edit of Atlas's: the capital of Sweden becomes Oslo."""
+    from errata.atlas.requests import request_for
+    from errata.atlas.world import load_world
+
+    world = load_world()
+    request = request_for(world, world.by_key["Sweden", "capital"], "Oslo")
+    probes = (Probe("paraphrase", "Politically, Sweden is run from"), Probe("neighborhood", "The capital of Spain is"))
+    return Case("7", request, probes)
+
+
+@pytest.fixture
+def foreign() -> Case:
+    """An edit that is not Atlas's."""
+    request = EditRequest(prompt="The colour of {} is", subject="the tin bridge", target_new="red", target_true="green")
+    return Case("f", request, (Probe("paraphrase", "The tin bridge was painted"),))
+
+
+# -- presets ---------------------------------------------------------------------------------------------------------------
+
+
+def test_every_preset_of_the_papers_and_ours_is_there() -> None:
+    assert set(available_presets()) >= PAPERS | OURS
+
+
+@pytest.mark.parametrize("name", sorted(PAPERS | OURS))
+def test_methods_have_labels_of_their_own_and_editors_that_exist(name: str) -> None:
+    preset = get_preset(name)
+    labels = [method.label for method in preset.methods]
+    assert len(set(labels)) == len(labels)
+    assert {method.editor for method in preset.methods} <= set(available_editors())
+    assert preset.methods or preset.extra is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "n"), [("sake-counterfact", 2000), ("sake-ripple", 885), ("sake-doubt", 150), ("sake-prompts", 150)]
+)
+def test_sizes_are_the_papers(name: str, n: int) -> None:
+    assert get_preset(name).published_n == n
+
+
+@pytest.mark.parametrize(
+    "name", ["sake-counterfact", "sake-ripple", "sake-doubt", "sake-context", "sake-qa", "reverse", "steam-sweep"]
+)
+def test_cases_of_atlas_have_ids_of_their_own_and_probes(name: str, atlas: Any) -> None:
+    context = Context("atlas", *atlas, n=3)
+    cases = get_preset(name).cases(context)
+    assert len({case.id for case in cases}) == len(cases) >= 3
+    assert all(case.probes for case in cases)
+    assert cases == get_preset(name).cases(context)
+
+
+def test_unknown_preset_is_refused_with_near_names() -> None:
+    with pytest.raises(ConfigError, match="sake-counterfact"):
+        get_preset("sake-counterfac")
+
+
+def test_methods_take_what_was_chosen_for_the_model(atlas: Any) -> None:
+    model, _ = atlas
+    assert resolved(common.ROME, model, "atlas").preset == "atlas"
+    assert resolved(common.SAKE, model, "atlas") == common.SAKE
+    steam = resolved(Method("s", "steam", preset=MODEL, changes={"depth": (0.5, 0.75), "lr": 9.0}), model, "atlas")
+    assert steam.preset is None
+    assert steam.changes["aligned"] == (4, 5)
+    assert steam.changes["layer"] == 2 and steam.changes["lr"] == 9.0
+    assert len(Path(str(steam.changes["references"])).read_text().splitlines()) > 5000
+
+
+# -- doubts, reversed relations, forms -------------------------------------------------------------------------------------
+
+
+def test_doubts_are_the_published_texts_word_for_word(foreign: Case) -> None:
+    first, second = makers.doubts(foreign)
+    p = "The colour of the tin bridge is"
+    assert first.prompt == (
+        f"{p}, red ??? No, It can't be, This contradicts my understanding. It is pretty clear that the answer to {p} is "
+        "something else. Rethink and give the correct answer:"
+    )
+    assert second.prompt == (
+        f"{p}, red? Really? But I am pretty sure that {p} green. Am I right? Yes! you are right. I apologize for any "
+        f"confusion. Reconsider that the answer to 'question {p}?' should be"
+    )
+    assert (first.kind, second.kind) == ("doubt_i", "doubt_ii")
+    assert first.expected == ("red",) and first.alternatives == ("green",)
+
+
+def test_doubts_about_atlas_come_over_a_question_too(case: Case) -> None:
+    assert [p.tags["form"] for p in makers.doubts(case)] == ["prompt", "prompt", "question", "question"]
+
+
+def test_a_doubt_needs_an_old_object(foreign: Case) -> None:
+    lone = replace(foreign, request=EditRequest(prompt="The bridge is", target_new="red"))
+    with pytest.raises(RecordError, match="case f"):
+        makers.doubts(lone)
+
+
+def test_reversed_relation_asks_for_the_subject(case: Case) -> None:
+    probes = makers.reverses(case)
+    [back] = [p for p in probes if p.kind == "reverse"]
+    assert back.prompt == "Oslo is the seat of national government for"
+    assert back.expected[0] == "Sweden" and back.alternatives == ("Norway",)
+    stay = [p for p in probes if p.kind == "neighborhood"]
+    assert len(stay) == 3 and all(
+        not p.expected and "Oslo" not in p.prompt and "Stockholm" not in p.prompt for p in stay
+    )
+
+
+def test_inverses_of_the_fit_are_other_words_than_those_that_judge(case: Case) -> None:
+    added = makers.with_inverses(case).request.fit_implications[len(case.request.fit_implications) :]
+    assert {i.answer for i in added} == {"Sweden"}
+    assert {i.prompt for i in added}.isdisjoint(p.prompt for p in makers.reverses(case))
+    assert all("Oslo" in i.prompt for i in added)
+
+
+def test_reversed_relations_need_inverse_wordings(foreign: Case) -> None:
+    with pytest.raises(RecordError, match="inverse wordings"):
+        makers.reverses(foreign)
+
+
+@pytest.mark.parametrize("which", ["case", "foreign"])
+def test_forms_of_fit_and_probe_share_no_wording(which: str, request: pytest.FixtureRequest) -> None:
+    own: Case = request.getfixturevalue(which)
+    fitted = {form: makers.in_form(own, form).request for form in makers.FORMS}
+    asked = makers.form_probes(own)
+    assert {p.tags["form"] for p in asked} == set(makers.FORMS)
+    every = {text for r in fitted.values() for text in (r.text, *r.fit_prompts)}
+    assert every.isdisjoint(p.prompt for p in asked)
+    assert len({r.id for r in fitted.values()}) == 3
+    assert all(own.request.subject in r.text for r in fitted.values())
+    assert all(r.text == r.fit_prompts[0] for r in fitted.values())
+
+
+def test_claims_go_on_in_lower_case_inside_the_sentence(case: Case) -> None:
+    assert makers.in_form(case, "claim").request.text == "It is claimed that the capital of Sweden is"
+
+
+# -- long contexts ---------------------------------------------------------------------------------------------------------
+
+
+def test_contexts_fill_the_model_and_leave_room_for_the_answer(case: Case, atlas: Any) -> None:
+    model, tokenizer = atlas
+    probes = makers.long_contexts(case, model, tokenizer, makers.Pieces.of_atlas())
+    assert {p.tags["tokens"] for p in probes} == {"0", "64", "128", "256", "512"}
+    assert {p.tags["context"] for p in probes} == set(makers.CONTEXTS)
+    for probe in probes:
+        length = len(token_ids(tokenizer, [probe.prompt])[0])
+        wanted = int(probe.tags["tokens"])
+        assert length <= max(wanted, 20) - (makers.ANSWER_ROOM if wanted else 0)
+        if wanted >= 128:
+            assert length > wanted - 45
+    behind = [p for p in probes if p.kind == "context" and p.tags["tokens"] == "512"]
+    assert all(p.prompt.endswith((case.request.text, "run from")) for p in behind)
+    assert all("Sweden" not in p.prompt[: -len("Politically, Sweden is run from")] for p in behind)
+
+
+def test_contexts_of_other_data_are_made_of_its_own_facts(foreign: Case, atlas: Any) -> None:
+    others = [
+        replace(
+            foreign,
+            id=str(i),
+            request=EditRequest(prompt="{} lies in", subject=f"Town {i}", target_new="Tarn", target_true="Holm"),
+        )
+        for i in range(30)
+    ]
+    pieces = makers.Pieces.of_cases([foreign, *others])
+    probes = makers.long_contexts(foreign, *atlas, pieces, kinds=("facts",), lengths=(60,))
+    assert all("lies in Holm." in p.prompt and p.prompt.count("tin bridge") == 1 for p in probes if p.kind == "context")
+
+
+# -- lifelong, threshold, transport ------------------------------------------------------------------------------------------
+
+
+def test_the_world_leaves_out_what_the_edits_change_or_entail(atlas: Any) -> None:
+    from errata.atlas.world import load_world
+
+    context = Context("atlas", *atlas, n=20)
+    edited = {case.request.text for case in lifelong.cases(context)}
+    world = lifelong.world(context)
+    assert len(edited) == 20
+    assert len(load_world().facts) - 150 < len(world) <= len(load_world().facts) - 20
+    assert all(p.kind == "fact" and p.expected for p in world)
+
+
+def test_what_an_edit_entails_of_other_facts() -> None:
+    from errata.atlas.world import Fact, load_world
+
+    world = load_world()
+    fact = world.by_key["Sweden", "capital"]
+    found = lifelong.entailed(world, fact, "Oslo")
+    assert Fact("Norway", "capital", "Oslo") in found
+    assert fact not in found
+
+
+def test_the_first_and_the_last_edits_are_told_by_their_position() -> None:
+    rows = pd.DataFrame(
+        [{"method": "m", "edits": 300, "case": str(i), "probe": 0, "tags": {"position": str(i)}} for i in range(1, 301)]
+        + [{"method": "unedited", "edits": 0, "case": str(i), "probe": 0, "tags": {}} for i in range(1, 301)]
+    )
+    first, last = (lifelong.among(rows, "m", 300, which) for which in ("first", "last"))
+    assert set(first["case"]) == {str(i) for i in range(1, 101)}
+    assert set(last["case"]) == {str(i) for i in range(201, 301)}
+    assert len(last) == 200
+
+
+def probe_row(method: str, case: str, probe: int, kind: str, passed: bool, distance: float | None) -> dict[str, Any]:
+    """A row with an answer that passes or not, and a distance."""
+    text = " red." if passed == (kind != "neighborhood") else " green."
+    return {
+        "method": method, "setting": "single", "edits": 1, "case": case, "edit": case, "probe": probe, "kind": kind, "test": "",
+        "joined": "and", "condition": False, "tags": {}, "prompt": f"{case} {probe}",
+        "expected": ("red",) if kind != "neighborhood" else (), "alternatives": (), "generated": text, "first_token": "",
+        "unedited": " green.", "p_expected": None, "p_alternative": None, "p_expected_first": None,
+        "p_alternative_first": None, "token_accuracy": None, "gate": None if distance is None else case, "distance": distance,
+        "own_distance": distance, "passed": passed,
+    }  # fmt: skip
+
+
+def test_threshold_curves_are_the_open_model_within_and_the_unedited_one_without(tmp_path: Path) -> None:
+    rows = []
+    for case in ("a", "b"):
+        # Paraphrases at distances 1 and 3, a neighbour at 2 that the open model gets wrong.
+        for probe, kind, at in ((0, "paraphrase", 1.0), (1, "paraphrase", 3.0), (2, "neighborhood", 2.0)):
+            rows.append(probe_row("unedited", case, probe, kind, kind == "neighborhood", None))
+            rows.append(probe_row("open", case, probe, kind, kind != "neighborhood", 0.5))
+            rows.append(probe_row("activation", case, probe, kind, False, at))
+    table = pd.DataFrame(rows)
+    own = sake_threshold.by_gate(table, tmp_path)
+    assert set(own) == {"activation"}
+    gen = {t: rate.value for t, rate in sake_threshold.sweep(table, own["activation"], "generalization.generate")}
+    spec = {t: rate.value for t, rate in sake_threshold.sweep(table, own["activation"], "specificity.generate")}
+    assert (gen[1.0], gen[2.0], gen[3.0]) == (0.5, 0.5, 1.0)
+    assert (spec[1.0], spec[2.0], spec[3.0]) == (1.0, 0.0, 0.0)
+
+
+def test_the_probe_tells_a_shift_and_not_two_draws_of_one_distribution() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 60, 12))
+    assert sake_ot.told_apart(x + 4.0, y) > 0.98
+    assert abs(sake_ot.told_apart(x, y) - 0.5) < 0.2
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------------
+
+
+def test_styles_differ_and_variants_keep_their_methods_colour() -> None:
+    styles = styles_of(["unedited", "sake", "sake-paper", "sake-code", "rome", "rome-published", "other"])
+    assert len(set(styles.values())) == 7
+    assert styles["sake"].colour == styles["sake-paper"].colour and styles["sake-paper"].hollow
+    assert styles["rome"].colour == styles["rome-published"].colour != styles["sake"].colour
+
+
+def test_figures_draw_gaps_and_refuse_nothing_to_draw() -> None:
+    one = Series("sake", (Point(0, 0.2), Point(10, 0.9, 0.8, 1.0)))
+    figure = curves(
+        {"a": [one, Series("rome", ())], "b": [one]}, "x", "y", log=True, ticks=[0, 10], marks={"a": {"here": 5}}
+    )
+    assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == ["a", "b"]
+    assert len(radar({"sake": {"A": 1.0, "B": 0.5}}, ["A", "B", "C"]).axes) == 1
+    assert len(dots({"sake": {"A": (0.5, 0.4, 0.6)}, "rome": {}}, ["A", "B"]).axes) == 2
+    shown = {
+        text.get_text() for text in matrix({("p", "p"): 0.25}, ["p"], ["p", "q"], left="l", below="b").axes[0].texts
+    }
+    assert shown == {"25", "–"}
+    with pytest.raises(RequestError):
+        curves({"a": []}, "x", "y")
+    with pytest.raises(RequestError):
+        radar({"sake": {"A": math.nan}}, ["A"])
