@@ -173,7 +173,10 @@ def _answered(
     said = asked(model, prompts)
     ids = token_ids(tokenizer, said)
     names = [(*q.probe.expected, *q.probe.alternatives) for q in questions]
-    limits = _limits(tokenizer, names)
+    limits = [
+        max(limit, OPEN_TOKENS) if _stays(q) else limit
+        for q, limit in zip(questions, _limits(tokenizer, names), strict=True)
+    ]
     for own, text, limit in zip(ids, said, limits, strict=True):
         check_room(model, [own], [text], new=limit)
     batch = pad(ids, pad_id(tokenizer), input_device(model), "left")
