@@ -14,8 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from errata.bench.data.counterfact import CounterFactRecord
+from errata.bench.data.ripple import RippleRecord
 from errata.bench.metrics import Rate, by_case, rate
-from errata.bench.schemas import CounterFactRecord, RippleRecord
 from errata.errors import RecordError
 from errata.model.generate import greedy, says
 from errata.model.tokens import continuation_ids, pad, pad_id, token_ids
