@@ -34,6 +34,7 @@ from errata.atlas.references import references
 from errata.atlas.requests import request_for
 from errata.atlas.ripple import edited_fact, wordings
 from errata.atlas.world import World, link, load_world
+from errata.bench.data.counterfact import CounterFactRecord
 from errata.bench.fluency import PROTOCOL_CONSISTENCY, PROTOCOL_FLUENCY, TfIdf, consistency, fluency, sample
 from errata.bench.forced import exact
 from errata.bench.metrics import Rate, by_case, rate
@@ -46,7 +47,6 @@ from errata.bench.portability import (
     measure,
     paired_difference,
 )
-from errata.bench.schemas import CounterFactRecord
 from errata.edit import EditRequest
 from errata.editors._contexts import FIXED
 from errata.editors.memit import MEMIT

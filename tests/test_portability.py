@@ -9,6 +9,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from errata.bench import portability
+from errata.bench.data.counterfact import CounterFactRecord, PortabilityPrompt, Rewrite, Target
+from errata.bench.data.records import Answer
+from errata.bench.data.ripple import RippleFact, RippleQuery, RippleRecord, RippleTest
 from errata.bench.portability import (
     Condition,
     Outcome,
@@ -21,17 +24,6 @@ from errata.bench.portability import (
     paired_difference,
     ripple_probes,
     target_nll,
-)
-from errata.bench.schemas import (
-    Answer,
-    CounterFactRecord,
-    PortabilityPrompt,
-    Rewrite,
-    RippleFact,
-    RippleQuery,
-    RippleRecord,
-    RippleTest,
-    Target,
 )
 from errata.errors import RecordError
 from errata.model.tokens import continuation_ids, token_ids

@@ -21,18 +21,10 @@ from errata.atlas.ripple import (
     wordings,
 )
 from errata.atlas.world import World, alias_mark, load_world
-from errata.bench.schemas import (
-    Answer,
-    Axis,
-    CounterFactRecord,
-    Problem,
-    RippleRecord,
-    RippleTest,
-    load_counterfact,
-    load_ripple,
-    load_snippets,
-    write_records,
-)
+from errata.bench.data.counterfact import CounterFactRecord, load_counterfact
+from errata.bench.data.records import Answer, Problem, write_records
+from errata.bench.data.ripple import Axis, RippleRecord, RippleTest, load_ripple
+from errata.bench.data.snippets import load_snippets
 from errata.edit import EditRequest
 from errata.errors import RecordError
 

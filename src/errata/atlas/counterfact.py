@@ -15,14 +15,8 @@ from errata.atlas import render
 from errata.atlas.requests import counterfactual_requests
 from errata.atlas.ripple import answer, described, edited_fact, names_in, new_consequences, same, wordings
 from errata.atlas.world import Fact, Split, World, link
-from errata.bench.schemas import (
-    CounterFactRecord,
-    PortabilityPrompt,
-    Rewrite,
-    Snippet,
-    SnippetGroup,
-    Target,
-)
+from errata.bench.data.counterfact import CounterFactRecord, PortabilityPrompt, Rewrite, Target
+from errata.bench.data.snippets import Snippet, SnippetGroup
 from errata.edit import EditRequest
 
 NEIGHBOURS = 10

@@ -17,14 +17,16 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, cycle
 from typing import Literal, NamedTuple
 
 from errata.atlas import render
 from errata.atlas.probes import fact_of, normal
-from errata.atlas.requests import request_for
-from errata.atlas.world import OBJECT_TYPE, SECOND_HOPS, Fact, World, link
-from errata.bench.schemas import Answer, RippleEdit, RippleFact, RippleQuery, RippleRecord, RippleTest
-from errata.edit import EditRequest
+from errata.atlas.requests import counterfactual_requests, request_for
+from errata.atlas.world import OBJECT_TYPE, SECOND_HOPS, Fact, Split, World, link
+from errata.bench.data.records import Answer
+from errata.bench.data.ripple import RippleEdit, RippleFact, RippleQuery, RippleRecord, RippleTest
+from errata.edit import EditRequest, Implication
 from errata.errors import RecordError
 
 # Other relations of the subject that an edit makes doubtful: not asked about as if they had to stay.
@@ -126,6 +128,52 @@ def new_consequences(
     return found
 
 
+def ripple_requests(world: World, n: int, *, split: Split = "test", seed: int = 0) -> list[EditRequest]:
+    """`n` random counterfactual edits from which compositions follow; fewer where Atlas has fewer.
+
+    Of every ten, five are of facts about a subject that other facts name as their object, three lead through their new object to
+    another answer, and two are any: so that both kinds of composition come often enough to be told apart by stratum.
+    """
+    drawn = counterfactual_requests(world, len(world.facts), split=split, seed=seed)
+    maker = RippleMaker(world, frozenset())
+    chained, bridged = [], []
+    for request in drawn:
+        fact = edited_fact(world, request)
+        if maker.bridges.get(fact):
+            bridged.append(request)
+        elif new_consequences(world, fact, request.target_new):
+            chained.append(request)
+    picked: dict[str, EditRequest] = {}
+    pools = [iter(pool) for pool in (bridged, chained, drawn)]
+    for which in cycle((0, 1, 0, 2, 0, 1, 0, 1, 0, 2)):
+        free = (request for request in chain(pools[which], pools[2]) if request.id not in picked)
+        found = next(free, None)
+        if found is None or len(picked) == n:
+            break
+        picked[found.id] = found
+    return list(picked.values())
+
+
+def bridge_implications(world: World, record: RippleRecord) -> tuple[Implication, ...]:
+    """What a record's Compositionality_II tests ask, as implications in `fit` phrasings: the chains that lead to the subject.
+
+    `requests.implications` has those that go on from the new object.
+    """
+    found = []
+    for query in (query for test in record.compositionality_ii for query in test.test_queries):
+        first, relation = world.by_key[query.subject_id, query.relation], query.second_relation or ""
+        found += [
+            Implication(
+                prompt=render.place("", render.hop(world, first, cloze), ""),
+                answer=str(record.edit.target_id),
+                subject=first.subject,
+                relation=f"{relation} of {first.relation}",
+            )
+            for cloze in world.phrasings[relation].cloze["fit"][:2]
+        ]
+    return tuple(found)
+
+
 def ripple_records(
     world: World, requests: Sequence[EditRequest], *, seed: int = 0, limit: int = 4, example_type: str = "atlas"
 ) -> list[RippleRecord]:
@@ -170,8 +218,8 @@ class RippleMaker:
     def bridges(self) -> dict[Fact, list[Fact]]:
         """For each fact, those whose object is its subject: the first halves of Atlas's compositions."""
         found: dict[Fact, list[Fact]] = {}
-        for chain in self.world.compositions:
-            found.setdefault(chain.second, []).append(chain.first)
+        for pair in self.world.compositions:
+            found.setdefault(pair.second, []).append(pair.first)
         return found
 
     def record(self, fact: Fact, target_new: str, example_type: str = "atlas") -> RippleRecord:

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from errata.bench.data.counterfact import CounterFactRecord
+from errata.bench.data.ripple import RippleRecord
 from errata.bench.forced import target_nll
 from errata.bench.metrics import Rate, by_case, rate
-from errata.bench.schemas import CounterFactRecord, RippleRecord
 from errata.bench.verify import or_reason
 from errata.errors import RecordError
 from errata.model.generate import greedy, says

@@ -1,6 +1,26 @@
-"""Rows: one for each probe's outcome, in Parquet. Every table, interval and figure is a query over rows."""
+"""Rows: one for each probe's outcome, in Parquet. Every table, interval and figure is a query over rows.
+
+A run's directory has them in `units/*.parquet`, its fits in `fits/*.parquet`, and what probes lack of their cases (requests,
+references) in `cases.jsonl`.
+"""
+
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+
+from errata.bench.cases import Case
+from errata.bench.where import condition, no_column
+from errata.errors import ConfigError, RecordError
+from errata.files import write_atomically
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 TAGS = pa.map_(pa.string(), pa.string())
 
@@ -53,3 +73,205 @@ FITS = pa.schema(
         ("report", pa.string()),  # JSON: the patch's entry about the edit
     ]
 )
+UNEDITED = "unedited"
+# What a model did with a probe: all that another model's row of the same probe may differ in.
+ANSWER = (
+    "generated", "first_token", "p_expected", "p_alternative", "p_expected_first", "p_alternative_first",
+    "token_accuracy", "passed",
+)  # fmt: skip
+PROBE = ["case", "probe"]  # what one probe of a run is known by
+
+
+# -- files ---------------------------------------------------------------------------------------------------------------
+
+
+def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema = SCHEMA) -> None:
+    """Write rows as one Parquet file, whole or not at all. A column that a row leaves out is null in it.
+
+    Raises RecordError for a column that the schema lacks and for a value of another type, with the row's number.
+    """
+    import pyarrow.parquet as pq
+
+    for number, row in enumerate(rows):
+        unknown = [name for name in row if name not in schema.names]
+        if unknown:
+            raise RecordError(f"row {number} of {path} has {no_column(unknown[0], schema)}")
+    columns = [_column(rows, field, path) for field in schema]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays(columns, schema=schema), sink, compression="zstd")
+    write_atomically(path, sink.getvalue())
+
+
+def read_rows(
+    run: str | Path, where: str | None = None, columns: Sequence[str] | None = None, limit: int | None = None
+) -> "DataFrame":
+    """The rows of a run's directory, those for which `where` holds, in the order of units; every column by default.
+
+    where: `column op value`, joined by `and`; see `errata.bench.where`. Lists are tuples, tags a dict, what is missing NaN.
+    Raises RecordError for a directory without rows or a damaged file, ConfigError for an unknown column or a bad `where`.
+    """
+    return read(Path(run) / "units", SCHEMA, where, columns, limit)
+
+
+def read_fits(run: str | Path, where: str | None = None, columns: Sequence[str] | None = None) -> "DataFrame":
+    """The fits of a run's directory, as `read_rows`; none at all, of a run of the unedited model alone, is an empty table."""
+    folder = Path(run) / "fits"
+    if not any(folder.glob("*.parquet")):
+        return _frame(FITS.empty_table().select(_known(columns, FITS)))
+    return read(folder, FITS, where, columns)
+
+
+def write_cases(run: str | Path, cases: Iterable[Case]) -> None:
+    """Write `cases.jsonl`: of each case its id, request, references and tags."""
+    lines = (
+        json.dumps(
+            {
+                "id": case.id,
+                "request": case.request.model_dump(mode="json"),
+                "references": list(case.references),
+                "tags": dict(case.tags),
+            },
+            ensure_ascii=False,
+        )
+        for case in cases
+    )
+    write_atomically(Path(run) / "cases.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def read_cases(run: str | Path) -> dict[str, dict[str, Any]]:
+    """What `write_cases` wrote, by the case's id; empty where there is no such file. Raises RecordError for a damaged one."""
+    path = Path(run) / "cases.jsonl"
+    if not path.is_file():
+        return {}
+    try:
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        return {entry["id"]: entry for entry in found}
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise RecordError(f"expected one case a line in {path}, but {error!r}; run the benchmark again") from None
+
+
+def results(run: str | Path) -> "DataFrame":
+    """The rows of a run as metrics take them: every row, and two columns more.
+
+    references: of rows of kind "generation", the case's reference texts. failed: whether the fit of the row's edit failed.
+    A failed fit leaves the model as it is; where the run did not ask it again, the unedited model's answers stand in, so that
+    no method gains by failing and no case is lost.
+    """
+    rows = read_rows(run)
+    return with_references(with_failed(rows, read_fits(run)), read_cases(run))
+
+
+def with_failed(rows: "DataFrame", fits: "DataFrame") -> "DataFrame":
+    """Rows with a column `failed`, and the unedited model's rows where a failed fit (FITS) left none of its own."""
+    import pandas as pd
+
+    lost = fits[fits["error"].fillna("") != ""]
+    key = pd.MultiIndex.from_frame(rows[["method", "case"]])
+    parts = [rows.assign(failed=key.isin(list(zip(lost["method"], lost["case"], strict=True))))]
+    plain, present = rows[(rows["method"] == UNEDITED) & ~rows["condition"].astype(bool)], set(key)
+    for method, cases in lost.groupby("method")["case"]:
+        gone = {case for case in cases if (method, case) not in present}
+        own = rows[rows["method"] == method]
+        gate = "" if own["gate"].notna().any() else None
+        # A sequence asks, at each checkpoint, the cases so far; the last checkpoint has them all.
+        places = own.groupby("setting")["edits"].max().items() if len(own) else [("single", 0)]
+        for setting, edits in places:
+            stand_in = plain[plain["case"].isin(gone)]
+            parts.append(stand_in.assign(method=method, setting=setting, edits=edits, gate=gate, failed=True))
+    return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+
+def with_references(rows: "DataFrame", cases: Mapping[str, Mapping[str, Any]]) -> "DataFrame":
+    """Rows with a column `references`: the texts of the case (`read_cases`) for kind "generation", else empty."""
+    found = [
+        tuple(cases[case]["references"]) if kind == "generation" and case in cases else ()
+        for case, kind in zip(rows["case"], rows["kind"], strict=True)
+    ]
+    return rows.assign(references=found)
+
+
+# -- between Arrow and pandas --------------------------------------------------------------------------------------------
+
+
+def read(
+    folder: Path,
+    schema: pa.Schema,
+    where: str | None = None,
+    columns: Sequence[str] | None = None,
+    limit: int | None = None,
+) -> "DataFrame":
+    """The rows of all Parquet files of a folder, at most `limit`; see `read_rows`."""
+    wanted = _known(columns, schema)
+    with _readable(folder):
+        if limit is None:
+            return _frame(_dataset(folder, schema).to_table(columns=wanted, filter=_filter(where, schema)))
+        return _frame(_dataset(folder, schema).head(limit, columns=wanted, filter=_filter(where, schema)))
+
+
+def count(folder: Path, schema: pa.Schema, where: str | None = None) -> int:
+    """How many rows a folder's files have for which `where` holds."""
+    with _readable(folder):
+        return int(_dataset(folder, schema).count_rows(filter=_filter(where, schema)))
+
+
+def _in_order(path: Path) -> list[tuple[str, int]]:
+    """So that unit 2 comes before unit 10."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D+)(\d*)", path.stem)]
+
+
+def _filter(where: str | None, schema: pa.Schema) -> Any:
+    return condition(where, schema) if where is not None else None
+
+
+def _dataset(folder: Path, schema: pa.Schema) -> Any:
+    import pyarrow.dataset as ds
+
+    found = (path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+    paths = [str(path) for path in sorted(found, key=_in_order)]
+    if not paths:
+        raise RecordError(f"expected Parquet files in {folder}, found none; name the directory of a run that has begun")
+    return ds.dataset(paths, schema=schema, format="parquet")
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OSError) as error:
+        raise RecordError(f"cannot read the rows of {folder}: {str(error).splitlines()[0]}") from None
+
+
+def _frame(table: pa.Table) -> "DataFrame":
+    """As pandas: lists as tuples, maps as dicts."""
+    frame = table.to_pandas(strings_to_categorical=False)
+    for field in table.schema:
+        if pa.types.is_list(field.type):
+            frame[field.name] = [() if v is None else tuple(v) for v in table[field.name].to_pylist()]
+        elif pa.types.is_map(field.type):
+            frame[field.name] = [dict(v or ()) for v in table[field.name].to_pylist()]
+        elif pa.types.is_boolean(field.type) and table[field.name].null_count == 0:
+            frame[field.name] = frame[field.name].astype(bool)
+    return frame
+
+
+def _column(rows: Sequence[Mapping[str, Any]], field: pa.Field, path: str | Path) -> pa.Array:
+    values = [row.get(field.name) for row in rows]
+    if pa.types.is_map(field.type):
+        values = [None if v is None else list(dict(v).items()) for v in values]
+    elif pa.types.is_list(field.type):
+        if any(isinstance(v, str) for v in values):  # Arrow would take it for the list of its letters
+            raise RecordError(
+                f"column {field.name} of {path}: expected a list of texts, found one text; put it in a list"
+            )
+        values = [v if v is None else list(v) for v in values]
+    try:
+        return pa.array(values, field.type)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError) as error:
+        raise RecordError(f"column {field.name} of {path}: expected {field.type}, but {error}") from None
+
+
+def _known(columns: Sequence[str] | None, schema: pa.Schema) -> list[str]:
+    for name in columns or ():
+        if name not in schema.names:
+            raise ConfigError(no_column(name, schema))
+    return list(columns or schema.names)

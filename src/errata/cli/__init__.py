@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from errata import __version__
-from errata.cli import demo, export, fit, flexibility, inspect, scope, statistics, trace, tune, verify
+from errata.cli import data, demo, export, fit, flexibility, inspect, scope, statistics, trace, tune, verify
 from errata.cli.common import CommandGroup
 
 HELP = """Correct facts inside language models, check that the correction took, and take it back at any time.
@@ -60,6 +60,7 @@ app.command("updates")(inspect.updates)
 app.command("trace")(trace.trace)
 app.command("tune")(tune.tune)
 app.command("flexibility")(flexibility.flexibility)
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

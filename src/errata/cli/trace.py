@@ -1,6 +1,5 @@
 """`errata trace`: where does this model keep a fact?"""
 
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -207,20 +206,9 @@ def atlas_facts(model: str, n: int, seed: int) -> list[Any]:
         raise ConfigError(
             f"expected a prompt with --subject, or --facts: {model!r} has no facts of its own as Atlas has"
         )
-    from errata.atlas import render
-    from errata.atlas.world import load_world
-    from errata.locate.facts import KnownFact
+    from errata.atlas.cases import known_facts
 
-    world, rng = load_world(), random.Random(seed)
-    pools = [[f for f in world.by_relation[relation] if f.split == "dev"] for relation in sorted(world.by_relation)]
-    for pool in pools:
-        rng.shuffle(pool)
-    rng.shuffle(pools)
-    picked: list[Any] = []
-    while len(picked) < n and any(pools):
-        picked += [pool.pop() for pool in pools if pool]
-    prompts = [render.place("", world.phrasings[f.relation].cloze["fit"][0], f.subject) for f in picked[:n]]
-    return [KnownFact(p, f.subject, f.object) for p, f in zip(prompts, picked, strict=False)]
+    return list(known_facts(n=n, seed=seed, split="dev"))
 
 
 # -- one fact ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,116 @@
+"""Atlas's data sets as cases: records in the published schemas, made into cases as the published files are.
+
+What the records lack is added: the request of each edit with its `fit` prompts and implications, so that methods can be fitted.
+`bench.data` finds this module by name; benchmarks know nothing else of Atlas.
+"""
+
+import random
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Literal
+
+from errata.atlas import render
+from errata.atlas.counterfact import attribute_snippets, counterfact_records, counterfact_requests
+from errata.atlas.requests import update_requests
+from errata.atlas.ripple import bridge_implications, edited_fact, ripple_records, ripple_requests
+from errata.atlas.world import Fact, Split, World, load_world
+from errata.bench.cases import Case
+from errata.bench.data.counterfact import counterfact_case
+from errata.bench.data.ripple import ripple_case
+from errata.bench.data.snippets import references
+from errata.edit import EditRequest, Implication
+from errata.errors import ConfigError
+from errata.locate.facts import KnownFact
+
+Kept = Literal["all", "half", "none"]
+
+
+def cases(
+    name: str,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    split: str = "test",
+    implications: Kept = "all",
+    portable: Literal["no", "yes"] = "no",
+) -> list[Case]:
+    """The cases of one of Atlas's sets, `n` of them or as many as there are.
+
+    implications: which of an edit's compositions its fit may see; "half" leaves out a random half of all, by seed, so that
+    compositions in the fit and others can be compared. portable: only edits from which something follows.
+    Raises ConfigError for a split that is neither dev nor test.
+    """
+    part = _split(split, name)
+    world, most = load_world(), len(load_world().facts) if n is None else n
+    if name == "atlas-counterfact":
+        requests = counterfact_requests(world, most, split=part, seed=seed, portable=portable == "yes")
+        kept = [_with(request, _kept(request.fit_implications, implications, request, seed)) for request in requests]
+        return [_tagged(world, case) for case in _counterfact(world, kept, seed)]
+    if name == "atlas-ripple":
+        requests = ripple_requests(world, most, split=part, seed=seed)
+        return [_tagged(world, case) for case in _ripple(world, requests, implications, seed)]
+    requests = [r for r in update_requests(world) if edited_fact(world, r).split == split][:n]
+    return [_tagged(world, case) for case in _updates(world, requests, seed)]
+
+
+def known_facts(*, n: int | None = None, seed: int = 0, split: str = "test") -> list[KnownFact]:
+    """`n` facts in their relation's first phrasing, spread evenly over the relations; None: all of the split."""
+    _split(split, "atlas-known")
+    world, rng = load_world(), random.Random(seed)
+    pools = [[f for f in world.by_relation[relation] if f.split == split] for relation in sorted(world.by_relation)]
+    for pool in pools:
+        rng.shuffle(pool)
+    rng.shuffle(pools)
+    picked: list[Fact] = []
+    while any(pools) and (n is None or len(picked) < n):
+        picked += [pool.pop() for pool in pools if pool]
+    return [
+        KnownFact(render.place("", world.phrasings[f.relation].cloze["fit"][0], f.subject), f.subject, f.object)
+        for f in picked[:n]
+    ]
+
+
+def _split(split: str, name: str) -> Split:
+    found: dict[str, Split] = {"dev": "dev", "test": "test"}
+    if split in found:
+        return found[split]
+    raise ConfigError(f"expected the split dev or test of {name}, found {split!r}.")
+
+
+def _counterfact(world: World, requests: list[EditRequest], seed: int) -> Iterable[Case]:
+    records = counterfact_records(world, requests, seed=seed)
+    texts = references(attribute_snippets(world, records))
+    return (counterfact_case(record, request, texts) for record, request in zip(records, requests, strict=True))
+
+
+def _ripple(world: World, requests: list[EditRequest], implications: Kept, seed: int) -> Iterable[Case]:
+    for record, request in zip(ripple_records(world, requests, seed=seed), requests, strict=True):
+        follows = (*request.fit_implications, *bridge_implications(world, record))
+        yield ripple_case(record, _with(request, _kept(follows, implications, request, seed)))
+
+
+def _updates(world: World, requests: list[EditRequest], seed: int) -> Iterable[Case]:
+    """Judged by CounterFact's probes, then by RippleEdits' tests; the edit's own prompt once."""
+    rewritten = _counterfact(world, requests, seed)
+    records = ripple_records(world, requests, seed=seed)
+    for case, record, request in zip(rewritten, records, requests, strict=True):
+        tests = tuple(probe for probe in ripple_case(record, request).probes if probe.kind != "edit")
+        yield replace(case, probes=case.probes + tests)
+
+
+def _kept(implications: tuple[Implication, ...], how: Kept, request: EditRequest, seed: int) -> tuple[Implication, ...]:
+    """All, none, or each composition with all its phrasings by a coin of its own."""
+    if how != "half":
+        return implications if how == "all" else ()
+    rng = random.Random(f"{seed}|{request.subject}|{request.relation}|{request.target_new}")
+    chains = dict.fromkeys((i.subject, i.relation) for i in implications)
+    heads = {composition for composition in chains if rng.random() < 0.5}
+    return tuple(i for i in implications if (i.subject, i.relation) in heads)
+
+
+def _with(request: EditRequest, implications: tuple[Implication, ...]) -> EditRequest:
+    return request.model_copy(update={"fit_implications": implications})
+
+
+def _tagged(world: World, case: Case) -> Case:
+    return replace(case, tags={**case.tags, "split": edited_fact(world, case.request).split})

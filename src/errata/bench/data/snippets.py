@@ -1,0 +1,77 @@
+"""Attribute snippets: reference texts for consistency, and the published TF-IDF weights.
+
+Source: Meng et al. 2022 (ROME), section 3.4 and the files beside CounterFact: `attribute_snippets.json`, `idf.npy`,
+`tfidf_vocab.json`.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from errata.bench.data.records import Problem, Row, load_records
+from errata.errors import RecordError
+
+if TYPE_CHECKING:
+    from errata.bench.fluency import TfIdf
+
+References = Mapping[tuple[str, str], Sequence[str]]  # (relation id, object id) -> texts
+
+
+class Snippet(Row):
+    """A reference text about one entity. `name` is the entity's."""
+
+    name: str
+    text: str = Field(min_length=1)
+
+
+class SnippetGroup(Row):
+    """The reference texts about entities whose `relation_id` is `target_id`: what consistency is measured against."""
+
+    relation_id: str
+    target_id: str
+    samples: tuple[Snippet, ...] = Field(min_length=1)
+
+
+def load_snippets(path: str | Path, problems: list[Problem] | None = None) -> list[SnippetGroup]:
+    """The groups of an attribute-snippet file. Bad rows as in `load_records`."""
+    return load_records(path, SnippetGroup, problems)
+
+
+def references(groups: Iterable[SnippetGroup]) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Texts by (relation id, object id); groups of one key are joined."""
+    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    for group in groups:
+        key = group.relation_id, group.target_id
+        found[key] = found.get(key, ()) + tuple(sample.text for sample in group.samples)
+    return found
+
+
+def snippet_tfidf(groups: Iterable[SnippetGroup]) -> "TfIdf":
+    """TF-IDF fitted on the texts themselves. Raises ConfigError for texts without words."""
+    from errata.bench.fluency import TfIdf
+
+    return TfIdf.of(sample.text for group in groups for sample in group.samples)
+
+
+def published_tfidf(idf: str | Path, vocabulary: str | Path) -> "TfIdf":
+    """The published weights: `idf.npy`, a vector, and `tfidf_vocab.json`, {word: its index}.
+
+    Raises RecordError if either cannot be read or they do not fit each other.
+    """
+    import numpy as np
+
+    from errata.bench.fluency import TfIdf
+
+    try:
+        weights = np.load(idf, allow_pickle=False).reshape(-1)
+        words = json.loads(Path(vocabulary).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordError(f"cannot read TF-IDF weights from {idf} and {vocabulary}: {error}.") from None
+    if not isinstance(words, dict) or sorted(words.values()) != list(range(len(weights))):
+        raise RecordError(
+            f"expected {vocabulary} to number the {len(weights)} weights of {idf} from 0; take both from one place."
+        )
+    return TfIdf({word: float(weights[index]) for word, index in words.items()})

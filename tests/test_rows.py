@@ -1,0 +1,151 @@
+"""Rows on disk: written whole, read by conditions, shown by the command; failed fits and references join them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from errata.bench.cases import Case
+from errata.bench.rows import FITS, count, read_cases, read_fits, read_rows, results, write_cases, write_rows
+from errata.bench.rows import SCHEMA as ROWS
+from errata.cli import bench_rows
+from errata.cli.common import CommandGroup
+from errata.edit import EditRequest
+from errata.errors import ConfigError, RecordError
+
+
+def line(**given: Any) -> dict[str, Any]:
+    return {
+        "run": "r", "model": "tiny", "method": "unedited", "setting": "single", "edits": 0, "case": "1", "edit": "e1", "probe": 0,
+        "kind": "edit", "test": "", "joined": "and", "condition": False, "tags": {}, "prompt": "P", "expected": ("Varde",),
+        "alternatives": (), "generated": " Osso.",
+    } | given  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    rows = [
+        line(tags={"tokens": "64"}, p_expected=0.25),
+        line(probe=1, kind="generation", generated="P is old.", expected=()),
+        line(case="2", edit="e2", tags={"tokens": "256", "form": "cloze"}, expected=("Lund", "City of Lund"), p_expected=0.75),
+        line(case="2", edit="e2", probe=1, condition=True, kind="portability", generated=" it's Lund"),
+    ]  # fmt: skip
+    edited = [line(method="sake", edits=1, generated=" Varde.", gate="e1", passed=True)]
+    for k in (2, 10):
+        write_rows(tmp_path / f"units/unedited-{k}.parquet", rows[:2] if k == 2 else rows[2:])
+    write_rows(tmp_path / "units/sake-0.parquet", edited)
+    write_rows(tmp_path / "fits/sake-0.parquet", [
+        {"method": "sake", "case": "1", "edit": "e1", "seconds": 0.5, "nbytes": 100, "error": ""},
+        {"method": "sake", "case": "2", "edit": "e2", "error": "no wording took"},
+    ], FITS)  # fmt: skip
+    request = EditRequest(prompt="The capital of {} is", subject="Norland", target_new="Varde", target_true="Osso")
+    write_cases(tmp_path, [Case("1", request, (), ("Varde is a city.",), {"relation": "capital"})])
+    return tmp_path
+
+
+def test_rows_come_back_as_written_units_in_order(run: Path) -> None:
+    found = read_rows(run)
+    assert found["case"].tolist() == ["1", "1", "1", "2", "2"]  # sake-0, unedited-2, unedited-10
+    assert found["tags"].tolist()[1] == {"tokens": "64"} and found["tags"].tolist()[0] == {}
+    assert found["expected"].tolist()[3] == ("Lund", "City of Lund") and found["expected"].tolist()[2] == ()
+    assert found["p_expected"].tolist()[1:4:2] == [0.25, 0.75] and found["p_expected"].isna().tolist()[0]
+    assert read_rows(run, columns=["kind", "probe"]).columns.tolist() == ["kind", "probe"]
+    assert len(read_rows(run, limit=2)) == 2
+    assert read_fits(run)["nbytes"].tolist()[0] == 100
+    assert read_cases(run)["1"]["references"] == ["Varde is a city."]
+    assert read_cases(run)["1"]["request"]["target_new"] == "Varde"
+
+
+@pytest.mark.parametrize(
+    ("where", "n"),
+    [
+        ("kind = edit", 3),
+        ("kind == edit and method != unedited", 1),
+        ("p_expected >= 0.75", 1),
+        ("p_expected < 0.75 and case in (1, 2)", 1),
+        ("tags.tokens = 256", 1),
+        ("expected contains Lund", 2 - 1),
+        ("expected contains 'City of'", 0),  # whole entries of a list
+        ("generated contains Varde", 1),
+        ('generated = " it\'s Lund"', 1),
+        ("gate is null", 4),
+        ("gate is not null and passed = true", 1),
+        ("condition = true", 1),
+        ("edits > 0", 1),
+    ],
+)
+def test_conditions(run: Path, where: str, n: int) -> None:
+    assert len(read_rows(run, where)) == count(run / "units", ROWS, where) == n
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("", "expected a column at the end"),
+        ("knd = edit", "did you mean 'kind'"),
+        ("kind = edit and", "expected a column at the end"),
+        ("kind = edit or case = 1", "expected 'and' or the end, found 'or'"),
+        ("kind", "expected one of"),
+        ("p_expected = high", "expected a value of type double"),
+        ("passed = maybe", "expected a value of type bool"),
+        ("tags = a", "name a tag"),
+        ("expected = Lund", "use contains"),
+        ("edits contains 1", "contains is for texts"),
+        ("case in (1, 2", "at the end"),
+        ("kind = __import__('os').getcwd()", "expected 'and' or the end"),
+        ("kind = 'edit", "put a text with such signs in quotes"),
+    ],
+)
+def test_bad_conditions_say_what_was_expected(run: Path, where: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        read_rows(run, where)
+
+
+def test_bad_rows_are_refused_and_leave_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "units" / "a.parquet"
+    with pytest.raises(RecordError, match="row 1 of .* has no column 'methods'; did you mean 'method'"):
+        write_rows(path, [line(), line(methods="sake")])
+    with pytest.raises(RecordError, match="column edits of .*expected int32"):
+        write_rows(path, [line(edits="many")])
+    with pytest.raises(RecordError, match="column expected"):
+        write_rows(path, [line(expected="Lund")])  # else it were four answers of one letter
+    assert not list(tmp_path.rglob("*"))
+    with pytest.raises(RecordError, match="found none; name the directory"):
+        read_rows(tmp_path)
+    path.parent.mkdir()
+    path.write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(RecordError, match="cannot read the rows"):
+        read_rows(tmp_path)
+
+
+def test_a_failed_fit_counts_as_the_unedited_model_answers(run: Path) -> None:
+    found = results(run)
+    stand_in = found[found["failed"]]
+    assert len(found) == 6 and len(stand_in) == 1  # its condition is not asked of the method
+    one = stand_in.iloc[0]
+    assert (one["method"], one["case"], one["generated"], one["setting"]) == ("sake", "2", " Osso.", "single")
+    assert (one["edits"], one["gate"]) == (1, "")
+    assert found["references"].tolist()[2] == ("Varde is a city.",) and found["references"].tolist()[0] == ()
+
+
+def test_the_command_shows_rows_as_a_table_json_and_csv(run: Path) -> None:
+    app = typer.Typer(cls=CommandGroup)
+    app.command("rows")(bench_rows.rows)
+    app.command("other")(lambda: None)
+
+    def said(*options: str) -> Any:
+        return CliRunner().invoke(app, ["rows", str(run), *options])
+
+    table = said("--where", "case = 2 and condition = false")
+    assert table.exit_code == 0 and "Lund / City of Lund" in table.stdout and "Varde" not in table.stdout
+    value = json.loads(said("--json", "--limit", "2", "--columns", "case,p_expected,tags").stdout)
+    assert value["total"] == 5 and value["rows"][0] == {"case": "1", "p_expected": None, "tags": {}}
+    assert value["rows"][1] == {"case": "1", "p_expected": 0.25, "tags": {"tokens": "64"}}
+    assert "2 of 5 rows" in said("--limit", "2").stderr
+    assert said("--csv", "--columns", "case,kind", "--where", "edits = 1").stdout == "case,kind\n1,edit\n"
+    assert "no wording took" in said("--of", "fits").stdout
+    refused = said("--where", "knd = a")
+    assert refused.exit_code == 2 and "did you mean 'kind'" in refused.stderr
