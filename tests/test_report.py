@@ -107,6 +107,10 @@ def test_examples_are_wins_and_failures_side_by_side(run: Path) -> None:
     assert found == examples(rows_of(run))
 
 
+def test_methods_stand_in_the_order_of_the_run(run: Path) -> None:
+    assert list(dict.fromkeys(rows_of(run)["method"])) == ["unedited", "sake", "rome"]
+
+
 def test_failed_fits_are_counted_and_named(run: Path) -> None:
     assert failures(run) == {"rome": [("no subject", 1, "3")]}
 

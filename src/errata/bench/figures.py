@@ -139,6 +139,7 @@ def curves(
         axes.set_title(title, fontsize=SMALL + 1, loc="left")
         _plain(axes)
         axes.set_ylim(0.0 if low is None else low, 1.02)
+        axes.tick_params(labelbottom=True)  # of a panel that has none below it, too
         axes.set_xlabel(xlabel, fontsize=SMALL)
         axes.yaxis.set_major_formatter(_PERCENT)
         _end_labels(axes, [(s.label, s.points, styles[s.style or s.label]) for s in series])
@@ -165,7 +166,7 @@ def _line(axes: Axes, series: Series, style: Style) -> None:
     low = np.array([nan if p.low is None else p.low for p in series.points])
     high = np.array([nan if p.high is None else p.high for p in series.points])
     if not np.isnan(low).all():
-        axes.fill_between(x, low, high, color=style.colour, alpha=0.13, linewidth=0)
+        axes.fill_between(x, low, high, color=style.colour, alpha=0.1, linewidth=0)
 
 
 def _end_labels(axes: Axes, lines: Sequence[tuple[str, tuple[Point, ...], Style]], apart: float = 0.062) -> None:

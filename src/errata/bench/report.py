@@ -91,9 +91,15 @@ def write_report(run: str | Path, out: str | Path) -> Path:
 
 
 def rows_of(run: str | Path) -> "DataFrame":
-    """The rows of a run as metrics take them; of a preset that asks nothing (it traces, or measures by itself) an empty table."""
-    if RunDirectory(run).read()["spec"]["n"] or any((Path(run) / "units").glob("*.parquet")):
-        return results(run)
+    """The rows of a run as metrics take them, methods in the order of the run, the unedited model first.
+
+    Of a preset that asks nothing (it traces, or measures by itself) an empty table.
+    """
+    spec = RunDirectory(run).read()["spec"]
+    if spec["n"] or any((Path(run) / "units").glob("*.parquet")):
+        place = {label: i for i, label in enumerate([UNEDITED, *spec["methods"]])}
+        found = results(run)
+        return found.iloc[found["method"].map(lambda label: place.get(label, len(place))).argsort(kind="stable")]
     import pandas as pd
 
     return pd.DataFrame({name: [] for name in SCHEMA.names})

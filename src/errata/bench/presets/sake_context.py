@@ -70,7 +70,9 @@ def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:
             panels[kind] = [common.by_length(own, metric, method, "tokens") for method in methods]
         if any(series for series in panels.values()):
             path = common.picture(
-                run, f"sake-context-{name.replace(' ', '-')}", curves(panels, "tokens", name, ticks=ticks)
+                run,
+                f"sake-context-{name.replace(' ', '-')}",
+                curves(panels, "tokens", f"{name}, per cent", ticks=ticks),
             )
             found.append((path, f"{name.capitalize()}, per cent, by tokens before the answer; 95 % bands over edits."))
     return found

