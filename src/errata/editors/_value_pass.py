@@ -128,7 +128,7 @@ class ReusedPass:
         self, model: Any, parts: Anatomy, place: Place, layout: Layout, prefix: Prefix, layers: Sequence[Site] = ()
     ):
         self._model, self._parts, self._place, self._layers = model, parts, place, tuple(layers)
-        self._prefix, self.layout, self._suffix = prefix, layout, layout.suffix()
+        self._prefix, self.layout, self._inputs = prefix, layout, layout.suffix().inputs(model)
 
     def __call__(self, delta: Tensor) -> tuple[Tensor, States]:
         """As `Pass`."""
@@ -149,7 +149,7 @@ class ReusedPass:
             stack.enter_context(_reading(self._model, self._parts, layout.read_row, layout.read_col))
             seen = stack.enter_context(Capture(self._model, paths.values(), detach=False))
             cache = _cache(layout.lead, layout.device, place.first, prefix.cached)
-            output = self._model(**self._suffix.inputs(self._model), past_key_values=cache, use_cache=True)
+            output = self._model(**self._inputs, past_key_values=cache, use_cache=True)
         return _logits(output, layout), {layer: seen[path] for layer, path in paths.items()}
 
     def keep(self, edits: Tensor) -> "ReusedPass":

@@ -212,22 +212,31 @@ class _Search:
             yield cls(config, tuple(terms), rows, vocabulary, runner)
 
     def chunks(self) -> Iterator[list[int]]:
-        """Job numbers in ascending width, as many at a time as fit when padded to the widest; one alone may be larger."""
+        """Job numbers in ascending width, as many at a time as fit when padded to the widest; one alone may be larger.
+
+        A wider job begins a new chunk where the last is at least half full: padding costs more than a smaller batch.
+        """
         most = max(1, self.config.batch_logits // self.vocabulary)
         chunk: list[int] = []
         rows = reads = 0
-        for number in sorted(range(len(self.rows)), key=lambda i: self._width(i)):
-            own = self.rows[number]
-            rows, reads = rows + len(own), reads + sum(len(row.reads) for row in own)
-            if chunk and (rows > self.runner.fits(self._width(number)) or reads > most):
+        for number in sorted(range(len(self.rows)), key=self._widths):
+            own, width = self.rows[number], self._widths(number)[0]
+            new = len(own), sum(len(row.reads) for row in own)
+            fits = self.runner.fits(width)
+            wider = bool(chunk) and width > self._widths(chunk[-1])[0] and rows > fits // 2
+            if chunk and (wider or rows + new[0] > fits or reads + new[1] > most):
                 yield chunk
-                chunk, rows, reads = [], len(own), sum(len(row.reads) for row in own)
+                chunk, rows, reads = [], 0, 0
             chunk.append(number)
+            rows, reads = rows + new[0], reads + new[1]
         if chunk:
             yield chunk
 
-    def _width(self, number: int) -> int:
-        return max(len(row.ids) - (row.at if self.runner.reuse else 0) for row in self.rows[number])
+    def _widths(self, number: int) -> tuple[int, int]:
+        """(tokens that a step runs in the widest row of a job, tokens before them in the row where these are most)."""
+        own = self.rows[number]
+        lead = max(row.at for row in own) if self.runner.reuse else 0
+        return max(len(row.ids) - (row.at if self.runner.reuse else 0) for row in own), lead
 
     def prepare(self, chunk: Sequence[int]) -> tuple[_State, Opened]:
         """The state before the first step, at delta = 0, and what the unedited rows left behind."""
