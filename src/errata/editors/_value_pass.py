@@ -248,7 +248,11 @@ def _fresh(
     cache = _cache(lead, batch.ids.device, 0, behind or ((None, None),) * parts.n_layers)
     nothing = torch.zeros(1, dtype=torch.long, device=batch.ids.device)
     # The last layer's keys and values are there when its attention is done; the cache does not need what follows.
-    with suppress(_Stop), _reading(model, parts, nothing, nothing), Hooks(model, [(p, _stop) for p in parts.attention[-1:]]):
+    with (
+        suppress(_Stop),
+        _reading(model, parts, nothing, nothing),
+        Hooks(model, [(p, _stop) for p in parts.attention[-1:]]),
+    ):
         model(**batch.inputs(model), past_key_values=cache, use_cache=True)
     layers: Sequence[Any] = cache.layers
     return tuple(layer.fresh for layer in layers)

@@ -116,7 +116,9 @@ class Runner:
         )
 
     def _run_heads(self, index: dict[tuple[int, ...], int]) -> Heads:
-        return heads_pass(self._model, self._parts, index, self.device, FREE * self.fits(max(map(len, index), default=1)))
+        return heads_pass(
+            self._model, self._parts, index, self.device, FREE * self.fits(max(map(len, index), default=1))
+        )
 
     def _prefix(self, layout: Layout) -> Prefix:
         heads, width = (self._heads, layout.widest) if self.reuse else (None, layout.batch.ids.shape[1])

@@ -302,7 +302,9 @@ class _Search:
 
     def _update(self, state: _State, gradient: Tensor, counted: Tensor, t: int) -> None:
         """The t-th update of the rule, then the projection onto the ball. counted (E,): the loss that stops a search."""
-        step = self._newton(state, gradient, counted) if self.config.rule == "newton" else self._adam(state, gradient, t)
+        step = (
+            self._newton(state, gradient, counted) if self.config.rule == "newton" else self._adam(state, gradient, t)
+        )
         delta = state.delta - step
         if self.config.clamp is not None:
             radius = self.config.clamp * torch.linalg.vector_norm(state.origin, dim=-1, keepdim=True)
