@@ -52,7 +52,8 @@ class ValueSearchConfig:
     the logarithm of the loss; lr: Adam's, activation units, or Newton's longest step in units of |h|; clamp: radius of
     the norm ball in units of |h|, None for no ball; stop: an edit is done when its loss (nats, terms that count) is below.
     reuse: run only the layers above and the tokens from the edited one on; checked on one edit, with a warning and the
-    full pass where the family does not allow it. batch_tokens: padded tokens a step runs, by default what suits the device;
+    full pass where the family does not allow it. batch_tokens: padded tokens a step runs, by default what suits the device (a
+    pass without a graph runs twice as many);
     batch_logits: logits a step makes.
     Raises ConfigError out of range.
     """
