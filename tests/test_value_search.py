@@ -32,6 +32,7 @@ from errata.editors._value_search import (
     Term,
     ValueJob,
     ValueSearchConfig,
+    _Search,
     evaluate_values,
     search_values,
 )
@@ -320,6 +321,18 @@ def test_a_batch_is_its_edits_one_by_one(
         near = abs(batch.curves[i][min(map(len, (alone.curves[0], batch.curves[i]))) - 1] - config.stop) < 1e-6
         assert len(alone.curves[0]) == len(batch.curves[i]) or near
         assert torch.allclose(alone.origin[0], batch.origin[i], rtol=1e-5, atol=1e-6)
+
+
+def test_a_wider_job_begins_a_chunk_once_the_last_is_half_full(double: Tiny, tokenizer: Any) -> None:
+    """Three narrow jobs and a wide one, a row each: padding all to the wide one is allowed only in a small batch."""
+    jobs = [ValueJob("{} is in the", "a", "Tokyo"), *(ValueJob("{} is", "a", "Tokyo") for _ in range(3))]
+    with _Search.opened(double("gpt2"), tokenizer, jobs, ValueSearchConfig(1), (NLL(),)) as search:
+        wide, narrow = (search._widths(i)[0] for i in (0, 1))
+    assert narrow < wide < 2 * narrow
+    for tokens, wanted in ((8 * wide, [[1, 2, 3, 0]]), (4 * wide, [[1, 2, 3], [0]]), (2 * narrow, [[1, 2], [3], [0]])):
+        config = ValueSearchConfig(1, batch_tokens=tokens)
+        with _Search.opened(double("gpt2"), tokenizer, jobs, config, (NLL(),)) as search:
+            assert list(search.chunks()) == wanted
 
 
 @pytest.mark.parametrize("where", ["mlp", "block"])
