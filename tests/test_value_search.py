@@ -1,5 +1,6 @@
 """The value search against loops that share nothing with it: one text at a time, no padding, no cache, torch's own Adam."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from errata.editors._value_search import (
     Term,
     ValueJob,
     ValueSearchConfig,
+    _Search,
     evaluate_values,
     search_values,
 )
@@ -251,6 +253,43 @@ def test_the_search_is_adam_with_projection_and_early_stop(
     assert torch.equal(found.value, found.origin + found.delta)
 
 
+def newton_alone(model: Any, tokenizer: Any, config: ValueSearchConfig, job: ValueJob) -> tuple[Tensor, list[float]]:
+    """The search for one edit by the step rule "newton": along the gradient to where the tangent of log(loss) is log(stop / 2)."""
+    delta, curve = torch.zeros(32, dtype=torch.float64), []
+    at = subject_tokens(tokenizer, job.text, job.subject)[1]
+    _, h, _ = run_alone(model, config, token_ids(tokenizer, [job.text])[0], at, delta)
+    for step in range(config.steps):
+        leaf = delta.clone().requires_grad_()
+        loss = torch.stack(list(loss_alone(model, tokenizer, config, job, leaf).values())).sum()
+        curve.append(float(loss.detach()))
+        if curve[-1] < config.stop or step == config.steps - 1:
+            break
+        (slope,) = torch.autograd.grad(loss.log(), leaf)
+        way, size = math.log(2 * curve[-1] / config.stop) / float(slope.norm()), float(h.detach().norm())
+        delta = delta - slope / slope.norm() * min(way, config.lr * size)
+        delta = delta * min(1.0, (config.clamp or torch.inf) * size / float(delta.norm()))
+    return delta, curve
+
+
+@pytest.mark.parametrize("clamp", [0.5, None])
+def test_newton_steps_aim_the_logarithm_of_the_loss_at_half_the_threshold(
+    clamp: float | None, double: Tiny, tokenizer: Any
+) -> None:
+    model = double("gpt2")
+    adam = stopping_midway(model, tokenizer, ValueSearchConfig(1, steps=9, lr=0.2, clamp=0.25), TERMS)
+    config = replace(adam, rule="newton", lr=0.3, clamp=clamp)
+    found = search_values(model, tokenizer, JOBS, config)
+    for i, job in enumerate(JOBS):
+        delta, curve = newton_alone(model, tokenizer, config, job)
+        assert found.curves[i] == pytest.approx(curve, rel=1e-6)
+        assert float((found.delta[i] - delta).norm()) <= 1e-6 * float(delta.norm())
+    assert 1 < len(found.curves[2]) < 5 and bool(found.stopped[2])  # Adam's fifth evaluation is the first below
+    with pytest.raises(ConfigError, match="stop above 0"):
+        replace(config, stop=0.0)
+    with pytest.raises(ConfigError, match="rule"):
+        replace(config, rule="sgd")
+
+
 def stopping_midway(model: Any, tokenizer: Any, config: ValueSearchConfig, terms: Sequence[Term]) -> ValueSearchConfig:
     """The config with a threshold that the third edit's loss passes after its fourth update."""
     curve = search_values(model, tokenizer, JOBS, replace(config, stop=0.0), terms).curves[2]
@@ -282,6 +321,18 @@ def test_a_batch_is_its_edits_one_by_one(
         near = abs(batch.curves[i][min(map(len, (alone.curves[0], batch.curves[i]))) - 1] - config.stop) < 1e-6
         assert len(alone.curves[0]) == len(batch.curves[i]) or near
         assert torch.allclose(alone.origin[0], batch.origin[i], rtol=1e-5, atol=1e-6)
+
+
+def test_a_wider_job_begins_a_chunk_once_the_last_is_half_full(double: Tiny, tokenizer: Any) -> None:
+    """Three narrow jobs and a wide one, a row each: padding all to the wide one is allowed only in a small batch."""
+    jobs = [ValueJob("{} is in the", "a", "Tokyo"), *(ValueJob("{} is", "a", "Tokyo") for _ in range(3))]
+    with _Search.opened(double("gpt2"), tokenizer, jobs, ValueSearchConfig(1), (NLL(),)) as search:
+        wide, narrow = (search._widths(i)[0] for i in (0, 1))
+    assert narrow < wide < 2 * narrow
+    for tokens, wanted in ((8 * wide, [[1, 2, 3, 0]]), (4 * wide, [[1, 2, 3], [0]]), (2 * narrow, [[1, 2], [3], [0]])):
+        config = ValueSearchConfig(1, batch_tokens=tokens)
+        with _Search.opened(double("gpt2"), tokenizer, jobs, config, (NLL(),)) as search:
+            assert list(search.chunks()) == wanted
 
 
 @pytest.mark.parametrize("where", ["mlp", "block"])

@@ -35,6 +35,11 @@ class _Stop(Exception):
     """Everything asked for has been computed."""
 
 
+def _stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """A hook behind which nothing is run."""
+    raise _Stop
+
+
 @dataclass(frozen=True)
 class Place:
     """Where vectors are added: module `path`, an output of block `layer`; `first` is the first layer that is run anew.
@@ -123,7 +128,7 @@ class ReusedPass:
         self, model: Any, parts: Anatomy, place: Place, layout: Layout, prefix: Prefix, layers: Sequence[Site] = ()
     ):
         self._model, self._parts, self._place, self._layers = model, parts, place, tuple(layers)
-        self._prefix, self.layout, self._suffix = prefix, layout, layout.suffix()
+        self._prefix, self.layout, self._inputs = prefix, layout, layout.suffix().inputs(model)
 
     def __call__(self, delta: Tensor) -> tuple[Tensor, States]:
         """As `Pass`."""
@@ -144,7 +149,7 @@ class ReusedPass:
             stack.enter_context(_reading(self._model, self._parts, layout.read_row, layout.read_col))
             seen = stack.enter_context(Capture(self._model, paths.values(), detach=False))
             cache = _cache(layout.lead, layout.device, place.first, prefix.cached)
-            output = self._model(**self._suffix.inputs(self._model), past_key_values=cache, use_cache=True)
+            output = self._model(**self._inputs, past_key_values=cache, use_cache=True)
         return _logits(output, layout), {layer: seen[path] for layer, path in paths.items()}
 
     def keep(self, edits: Tensor) -> "ReusedPass":
@@ -205,14 +210,11 @@ def _prefix(model: Any, parts: Anatomy, place: Place, layout: Layout, heads: Hea
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         kept["below"] = output
 
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        raise _Stop
-
     with ExitStack() as stack:
         stack.enter_context(suppress(_Stop))
         out = stack.enter_context(Capture(model, [place.path]))
         into = stack.enter_context(Capture(model, [place.path] if keys else [], of="input"))
-        last = [*([(below, keep)] if below is not None else []), (parts.blocks[place.layer], stop)]
+        last = [*([(below, keep)] if below is not None else []), (parts.blocks[place.layer], _stop)]
         stack.enter_context(Hooks(model, forward=last))
         model(**inputs.inputs(model), use_cache=heads is not None, **extra)
     return Prefix(
@@ -245,7 +247,12 @@ def _fresh(
     """Keys and values, in every layer, of the tokens of a batch behind a cache of `lead` tokens."""
     cache = _cache(lead, batch.ids.device, 0, behind or ((None, None),) * parts.n_layers)
     nothing = torch.zeros(1, dtype=torch.long, device=batch.ids.device)
-    with _reading(model, parts, nothing, nothing):
+    # The last layer's keys and values are there when its attention is done; the cache does not need what follows.
+    with (
+        suppress(_Stop),
+        _reading(model, parts, nothing, nothing),
+        Hooks(model, [(p, _stop) for p in parts.attention[-1:]]),
+    ):
         model(**batch.inputs(model), past_key_values=cache, use_cache=True)
     layers: Sequence[Any] = cache.layers
     return tuple(layer.fresh for layer in layers)
@@ -393,8 +400,8 @@ def _reading(model: Any, parts: Anatomy, rows: Tensor, columns: Tensor) -> Hooks
 
 
 def _logits(output: Any, layout: Layout) -> Tensor:
-    """(R, V) on the layout's device."""
-    return first_tensor(output)[0].to(layout.device)
+    """(R, V) on the layout's device, a view: an index would cost a copy of them all on the way back."""
+    return first_tensor(output).flatten(0, 1).to(layout.device)
 
 
 def _paths(parts: Anatomy, layers: Sequence[Site]) -> dict[Site, str]:

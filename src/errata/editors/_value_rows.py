@@ -179,6 +179,11 @@ class Layout:
         """Where its tensors are."""
         return self.owner.device
 
+    @property
+    def widest(self) -> int:
+        """The most tokens that a pass behind what was run before has in a row: up to the edited one, or from it on."""
+        return max(self.span, int((self.at - self.head).max()))
+
     def take(self, rows: Tensor) -> "Layout":
         """The layout of the rows (k,), in ascending order; owners and widths stay."""
         new = torch.full_like(self.owner, -1)

@@ -24,7 +24,8 @@ from errata.editors._value_rows import Layout, Row, heads_of, pack
 from errata.model.anatomy import Anatomy, Site
 from errata.model.states import input_device
 
-CPU_TOKENS, OTHER_TOKENS = 1024, 16384  # a step's padded tokens: on a CPU its activations should fit the caches
+CPU_TOKENS, OTHER_TOKENS = 512, 16384  # a step's padded tokens: on a CPU its activations should fit the caches
+FREE = 2  # times as many where there is no graph, which keeps every layer's
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,7 @@ class Runner:
         Contexts that edits share are run here, once for all.
         """
         place, reason = self._place, ""
-        tried = max(rows, key=lambda own: max(row.at for row in own))
+        tried = _few(max(rows, key=lambda own: max(row.at for row in own)))
         layout = pack([tried], self.device)
         try:
             self.reuse = True
@@ -115,13 +116,22 @@ class Runner:
         )
 
     def _run_heads(self, index: dict[tuple[int, ...], int]) -> Heads:
-        return heads_pass(self._model, self._parts, index, self.device, self.fits(max(map(len, index), default=1)))
+        return heads_pass(
+            self._model, self._parts, index, self.device, FREE * self.fits(max(map(len, index), default=1))
+        )
 
     def _prefix(self, layout: Layout) -> Prefix:
-        heads, rows = self._heads if self.reuse else None, self.fits(layout.batch.ids.shape[1])
+        heads, width = (self._heads, layout.widest) if self.reuse else (None, layout.batch.ids.shape[1])
+        rows = FREE * self.fits(width)
         return prefix_pass(self._model, self._parts, self._place, layout, heads, keys=self._keys, rows=rows)
 
     def _pass(self, layout: Layout, prefix: Prefix) -> Pass:
         if self.reuse:
             return ReusedPass(self._model, self._parts, self._place, layout, prefix, self._layers)
         return FullPass(self._model, self._parts, self._place, layout, self._layers)
+
+
+def _few(rows: Sequence[Row]) -> list[Row]:
+    """An edit's bare row, those where most and least stands before the edited token, and its essence row."""
+    others = sorted((row for row in rows if row.targets and not row.bare), key=lambda row: row.at)
+    return [row for row in rows if row.bare or not row.targets or row in (*others[:1], *others[-1:])]

@@ -5,7 +5,8 @@ other places and terms. It runs over a batch of edits; each has its own targets,
 leaves the batch when it stops. Adam on delta, from zero; after each update |delta| <= clamp * |h|, with h the site's output at
 the edited token of the bare prompt. As in the published code the last evaluation is followed by no update.
 
-Differs: whole terms are options (see `_value_terms`); a search whose loss is not finite ends there instead of spreading NaN.
+Differs: whole terms are options (see `_value_terms`), and so is a step rule that needs fewer evaluations than Adam; a search
+whose loss is not finite ends there instead of spreading NaN.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ __all__ = [
     "EssenceKL",
     "Look",
     "NormPenalty",
+    "Rule",
     "Term",
     "ValueJob",
     "ValueResult",
@@ -38,6 +40,7 @@ __all__ = [
     "search_values",
 ]
 
+Rule = Literal["adam", "newton"]
 ROME_TERMS: tuple[Term, ...] = (NLL(), EssenceKL(), NormPenalty())
 
 
@@ -45,10 +48,12 @@ ROME_TERMS: tuple[Term, ...] = (NLL(), EssenceKL(), NormPenalty())
 class ValueSearchConfig:
     """Where and how to search. layer: negative counts from the end; where: "mlp" the MLP's output, "block" the block's.
 
-    steps: evaluations of the loss, each but the last followed by an update; lr: Adam's, activation units; clamp: radius of
+    steps: evaluations of the loss, each but the last followed by an update; rule: "adam", or "newton" along the gradient on
+    the logarithm of the loss; lr: Adam's, activation units, or Newton's longest step in units of |h|; clamp: radius of
     the norm ball in units of |h|, None for no ball; stop: an edit is done when its loss (nats, terms that count) is below.
     reuse: run only the layers above and the tokens from the edited one on; checked on one edit, with a warning and the
-    full pass where the family does not allow it. batch_tokens: padded tokens a step runs, by default what suits the device;
+    full pass where the family does not allow it. batch_tokens: padded tokens a step runs, by default what suits the device (a
+    pass without a graph runs twice as many);
     batch_logits: logits a step makes.
     Raises ConfigError out of range.
     """
@@ -62,6 +67,7 @@ class ValueSearchConfig:
     reuse: bool = True
     batch_tokens: int | None = None
     batch_logits: int = 2**26
+    rule: Rule = "adam"
 
     def __post_init__(self) -> None:
         positive = self.lr > 0 and (self.clamp is None or self.clamp > 0)
@@ -70,6 +76,8 @@ class ValueSearchConfig:
             raise ConfigError(
                 f"expected where 'mlp' or 'block', steps and batches of at least 1, lr and clamp above 0, found {self}."
             )
+        if self.rule not in ("adam", "newton") or (self.rule == "newton" and not self.stop > 0):
+            raise ConfigError(f"expected rule 'adam', or 'newton' with stop above 0, which it aims at, found {self}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,22 +213,31 @@ class _Search:
             yield cls(config, tuple(terms), rows, vocabulary, runner)
 
     def chunks(self) -> Iterator[list[int]]:
-        """Job numbers in ascending width, as many at a time as fit when padded to the widest; one alone may be larger."""
+        """Job numbers in ascending width, as many at a time as fit when padded to the widest; one alone may be larger.
+
+        A wider job begins a new chunk where the last is at least half full: padding costs more than a smaller batch.
+        """
         most = max(1, self.config.batch_logits // self.vocabulary)
         chunk: list[int] = []
         rows = reads = 0
-        for number in sorted(range(len(self.rows)), key=lambda i: self._width(i)):
-            own = self.rows[number]
-            rows, reads = rows + len(own), reads + sum(len(row.reads) for row in own)
-            if chunk and (rows > self.runner.fits(self._width(number)) or reads > most):
+        for number in sorted(range(len(self.rows)), key=self._widths):
+            own, width = self.rows[number], self._widths(number)[0]
+            new = len(own), sum(len(row.reads) for row in own)
+            fits = self.runner.fits(width)
+            wider = bool(chunk) and width > self._widths(chunk[-1])[0] and rows > fits // 2
+            if chunk and (wider or rows + new[0] > fits or reads + new[1] > most):
                 yield chunk
-                chunk, rows, reads = [], len(own), sum(len(row.reads) for row in own)
+                chunk, rows, reads = [], 0, 0
             chunk.append(number)
+            rows, reads = rows + new[0], reads + new[1]
         if chunk:
             yield chunk
 
-    def _width(self, number: int) -> int:
-        return max(len(row.ids) - (row.at if self.runner.reuse else 0) for row in self.rows[number])
+    def _widths(self, number: int) -> tuple[int, int]:
+        """(tokens that a step runs in the widest row of a job, tokens before them in the row where these are most)."""
+        own = self.rows[number]
+        lead = max(row.at for row in own) if self.runner.reuse else 0
+        return max(len(row.ids) - (row.at if self.runner.reuse else 0) for row in own), lead
 
     def prepare(self, chunk: Sequence[int]) -> tuple[_State, Opened]:
         """The state before the first step, at delta = 0, and what the unedited rows left behind."""
@@ -238,7 +255,8 @@ class _Search:
             layout = state.run.layout
             logits, states = state.run(leaf)
             n = int(layout.essence[layout.read_row].sum())
-            said, drifted = logits.split((len(logits) - n, n))  # one gradient of the logits, not one of each term
+            # One gradient of the logits, not one of each term; and no copy of it where there is nothing to split.
+            said, drifted = logits.split((len(logits) - n, n)) if n else (logits, logits[:0])
             for term in self.terms:
                 before = {name: loss.detach() for name, loss in losses.items()}
                 look = Look(step, state.edits, leaf, state.origin, layout, said, drifted, state.base, states, before)
@@ -280,20 +298,38 @@ class _Search:
             (gradient,) = torch.autograd.grad(total, leaf, torch.ones_like(total))
             if bool(ended.any()):
                 going = torch.nonzero(~ended)[:, 0].to(gradient.device)
-                state, gradient = state.keep(going), gradient[going]
-            self._update(state, gradient, step + 1)
+                state, gradient, counted = state.keep(going), gradient[going], counted[going]
+            self._update(state, gradient, counted, step + 1)
 
-    def _update(self, state: _State, gradient: Tensor, t: int) -> None:
-        """Adam's t-th update (Kingma and Ba 2015, algorithm 1; its usual constants), then the projection onto the ball."""
-        state.mean = 0.9 * state.mean + 0.1 * gradient
-        state.square = 0.999 * state.square + 0.001 * gradient.square()
-        scale = (state.square / (1 - 0.999**t)).sqrt() + 1e-8
-        delta = state.delta - self.config.lr / (1 - 0.9**t) * state.mean / scale
+    def _update(self, state: _State, gradient: Tensor, counted: Tensor, t: int) -> None:
+        """The t-th update of the rule, then the projection onto the ball. counted (E,): the loss that stops a search."""
+        step = (
+            self._newton(state, gradient, counted) if self.config.rule == "newton" else self._adam(state, gradient, t)
+        )
+        delta = state.delta - step
         if self.config.clamp is not None:
             radius = self.config.clamp * torch.linalg.vector_norm(state.origin, dim=-1, keepdim=True)
             length = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
             delta = torch.where(length > radius, delta * (radius / length), delta)
         state.delta = delta
+
+    def _adam(self, state: _State, gradient: Tensor, t: int) -> Tensor:
+        """(E, d) Adam's t-th step (Kingma and Ba 2015, algorithm 1; its usual constants)."""
+        state.mean = 0.9 * state.mean + 0.1 * gradient
+        state.square = 0.999 * state.square + 0.001 * gradient.square()
+        scale = (state.square / (1 - 0.999**t)).sqrt() + 1e-8
+        return self.config.lr / (1 - 0.9**t) * state.mean / scale
+
+    def _newton(self, state: _State, gradient: Tensor, counted: Tensor) -> Tensor:
+        """(E, d) the step along the gradient after which log(loss), were it linear, would be that of half the threshold.
+
+        A cross-entropy falls about exponentially once its target leads, so its logarithm is nearly linear where the loss is
+        not, and Newton's steps on it neither creep nor overshoot. No step is longer than lr * |h|.
+        """
+        loss, slope = counted[:, None], torch.linalg.vector_norm(gradient, dim=-1, keepdim=True).clamp(min=1e-30)
+        length = loss * (2 * loss / self.config.stop).log() / slope
+        longest = self.config.lr * torch.linalg.vector_norm(state.origin, dim=-1, keepdim=True)
+        return gradient / slope * torch.minimum(length, longest)
 
 
 def _check(parts: Anatomy, layer: int, jobs: Sequence[ValueJob], terms: Sequence[Term]) -> tuple[str, Position] | None:

@@ -16,6 +16,7 @@ from errata.editors._value_search import (
     NLL,
     EssenceKL,
     NormPenalty,
+    Rule,
     Term,
     ValueJob,
     ValueResult,
@@ -45,7 +46,7 @@ class WeightConfig:
     layer: "auto" (Atlas's own corpus for Atlas, else what `errata statistics` has gathered on this model), text files, the name
     of a data set (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT), files of gathered statistics, a mapping from layer to
     `KeyStatistics`, or None for C = I; jitter: see `CholeskySolver`.
-    steps, lr, clamp, stop: see `ValueSearchConfig`. kl, kl_position, norm, norm_form: weights and forms of the terms (see
+    steps, lr, clamp, stop, rule: see `ValueSearchConfig`. kl, kl_position, norm, norm_form: weights and forms of the terms (see
     `EssenceKL`, `NormPenalty`), 0 leaves a term out; norm_counts: whether the norm is part of the loss that stops a search.
     ending: text that the model is to say behind the new object, "." for one that would otherwise run on ("5" to "52").
     reuse, batch_tokens: how the search runs, not what it finds.
@@ -66,6 +67,7 @@ class WeightConfig:
     ending: str = ""
     reuse: bool = True
     batch_tokens: int | None = None
+    rule: Rule = "adam"
 
     def __post_init__(self) -> None:
         if isinstance(self.contexts, str) and self.contexts not in ("generated", "fixed", "bare"):
@@ -79,7 +81,7 @@ class WeightConfig:
     def search(self, layer: int, where: Literal["mlp", "block"] = "mlp") -> ValueSearchConfig:
         """The value search at a layer."""
         return ValueSearchConfig(
-            layer, where, self.steps, self.lr, self.clamp, self.stop, self.reuse, self.batch_tokens
+            layer, where, self.steps, self.lr, self.clamp, self.stop, self.reuse, self.batch_tokens, rule=self.rule
         )
 
     def json(self) -> dict[str, Any]:
