@@ -6,7 +6,7 @@ rows (`errata.bench.queries`).
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from errata.errors import ConfigError, RecordError
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+Stratum = tuple[str, str | Callable[[str], bool]]
+
 PROTOCOL_EFFICACY = "efficacy.generate: whole new object, greedy, on the edit prompt"
 PROTOCOL_GENERALIZATION = "generalization.generate: whole new object, greedy, on paraphrase prompts; mean over edits"
 PROTOCOL_SPECIFICITY = "specificity.generate: unedited greedy answer kept on neighbouring prompts; mean over edits"
@@ -27,19 +29,19 @@ PROTOCOL_LOCALITY = "locality.bits: logits of unrelated texts bit-identical to t
 
 def score(
     rows: "DataFrame", metric: str | Metric, method: str, *, edits: int | None = None, ungated: str | None = None,
-    stratum: tuple[str, str] | None = None, seed: int = 0,
+    stratum: Stratum | None = None, seed: int = 0,
 ) -> Rate | None:  # fmt: skip
     """A metric of a method with its 95 % interval; None where nothing was asked, or no test's conditions hold.
 
     Bootstrap over cases; Wilson's for fewer than 20 cases, and where all cases agree at 0 or 1, of which a bootstrap would
-    say that it is certain. edits, ungated: see `select`. stratum: a tag and its value, of the tests that count.
+    say that it is certain. edits, ungated: see `select`. stratum: a tag and its value, or a test
+    of its value, of the tests that count.
     """
     chosen = metric_named(metric)
     selected = _asked(rows, chosen, method, edits, ungated)
     if selected is None:
         return None
-    sums, counts, _ = _totals(chosen, [selected], stratum)
-    sums, counts = sums[0], counts[0]
+    (sums,), (counts,), _ = _totals(chosen, [selected], stratum)
     parts = means(sums, counts)
     if np.isnan(parts).any():
         return None
@@ -60,7 +62,7 @@ def score(
 
 def difference(
     rows: "DataFrame", metric: str | Metric, a: str, b: str, *, edits: int | None = None, ungated: str | None = None,
-    stratum: tuple[str, str] | None = None, seed: int = 0,
+    stratum: Stratum | None = None, seed: int = 0,
 ) -> Rate | None:  # fmt: skip
     """A metric of method a minus that of b, paired: the bootstrap draws the same cases for both.
 
@@ -68,10 +70,10 @@ def difference(
     Raises RecordError if the two were not asked the same cases (a metric that leaves out failed edits may differ in these).
     """
     chosen = metric_named(metric)
-    both = [_asked(rows, chosen, method, edits, ungated) for method in (a, b)]
-    if both[0] is None or both[1] is None:
+    ours, theirs = (_asked(rows, chosen, method, edits, ungated) for method in (a, b))
+    if ours is None or theirs is None:
         return None
-    (sums_a, sums_b), (counts_a, counts_b), cases = _totals(chosen, [both[0], both[1]], stratum)
+    (sums_a, sums_b), (counts_a, counts_b), cases = _totals(chosen, [ours, theirs], stratum)
     if not (counts_a.sum() and counts_b.sum()):
         return None
     odd = ((counts_a > 0) != (counts_b > 0)).any(0)
@@ -82,11 +84,9 @@ def difference(
         )
 
     def statistic(index: Any) -> Array:
-        ours, theirs = (
-            _combined(means(sums[:, index], counts[:, index]))
-            for sums, counts in ((sums_a, counts_a), (sums_b, counts_b))
+        return _combined(means(sums_a[:, index], counts_a[:, index])) - _combined(
+            means(sums_b[:, index], counts_b[:, index])
         )
-        return ours - theirs
 
     n = len(cases)
     value = float(statistic(np.arange(n)[None])[0])
@@ -310,7 +310,7 @@ def _asked(
 
 
 def _totals(
-    metric: Metric, tables: "list[DataFrame]", stratum: tuple[str, str] | None
+    metric: Metric, tables: "list[DataFrame]", stratum: Stratum | None
 ) -> tuple[list[Array], list[Array], list[str]]:
     """Of each table: sums and counts (terms, cases) whose ratio of totals is the figure; and the cases of all tables.
 
@@ -325,7 +325,8 @@ def _totals(
             outcomes = term.outcomes(rows)
             if stratum is not None:
                 tag, value = stratum
-                outcomes = outcomes[[tags.get(tag) == value for tags in outcomes["tags"]]]
+                has = value if callable(value) else value.__eq__
+                outcomes = outcomes[[tag in tags and has(tags[tag]) is True for tags in outcomes["tags"]]]
             grouped = outcomes.groupby("case")["value"]
             totals = grouped.agg(["sum", "count"]) if term.pooled else grouped.agg(["mean"]).assign(count=1)
             found[-1].append(totals.set_axis(["sum", "count"], axis=1))

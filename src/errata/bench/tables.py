@@ -16,7 +16,7 @@ import numpy as np
 
 from errata.bench.glossary import term
 from errata.bench.intervals import Rate, bootstrap
-from errata.bench.metrics import difference, metric_named, score
+from errata.bench.metrics import Stratum, difference, metric_named, score
 from errata.bench.published import NAMES, PUBLISHED, REMARKS, SOURCES
 from errata.bench.rows import UNEDITED
 from errata.errors import ShapeError
@@ -148,8 +148,10 @@ class Table:
         """Each row with the published numbers behind it, then the published methods that we have no row of."""
         labels = [str(row[0]) for row in self.rows]
         theirs = dict.fromkeys(label for numbers in self.published.values() for label in numbers)
-        blank = [[label, *[None] * (len(self.columns) - 1)] for label in theirs if label not in labels]
-        for row in [*map(list, self.rows), *blank]:
+        blank: list[list[Cell]] = [
+            [label, *[None] * (len(self.columns) - 1)] for label in theirs if label not in labels
+        ]
+        for row in [*(list(row) for row in self.rows), *blank]:
             yield [*row, *(self.published[m].get(str(row[0]), {}).get(c) for m, c in self._others())]
 
     def _lines(self) -> Iterator[list[str]]:
@@ -167,7 +169,7 @@ class Table:
 
 def metric_table(
     rows: "DataFrame", title: str, metrics: Mapping[str, str], methods: Sequence[str] | None = None, *,
-    edits: int | None = None, ungated: Mapping[str, str] | None = None, stratum: tuple[str, str] | None = None,
+    edits: int | None = None, ungated: Mapping[str, str] | None = None, stratum: Stratum | None = None,
     note: str = "", published: Numbers | None = None, seed: int = 0,
 ) -> Table:  # fmt: skip
     """A row for the unedited model, then one for each method; a column for each metric.
