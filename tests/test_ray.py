@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from conftest import tiny_model
-from errata.bench.engines import RayEngine
+from errata.bench.engines import RayEngine, WorkerPlan, _Actor
 from errata.bench.rows import read_fits, read_rows
 from errata.bench.runner import Progress
 from errata.errors import ConfigError
@@ -52,7 +52,17 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         made.shutdown()
 
 
-def test_a_cluster_whose_worker_is_killed_says_what_one_process_says(place: Path, cluster: None) -> None:
+class Marked(_Actor):
+    """A worker whose process id can be found."""
+
+    def __init__(self, plan: WorkerPlan, threads: int):
+        super().__init__(plan, threads)
+        Path(plan.model_name).with_name(f"pid-{os.getpid()}").touch()
+
+
+def test_a_cluster_whose_worker_is_killed_says_what_one_process_says(
+    place: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     methods = (ROME_ALONE, MEMIT, SAKE_ALL, LIFELONG)
     local = start(place, "local", *methods, checkpoints=(2,))
     for patch in (place / "cache").glob("*/*"):  # the cluster fits by itself
@@ -62,15 +72,13 @@ def test_a_cluster_whose_worker_is_killed_says_what_one_process_says(place: Path
     def kill_one(progress: Progress) -> None:
         if progress.done < 4 or killed:
             return
-        from ray.util.state import list_actors
+        killed.append(int(next(place.glob("pid-*")).name.removeprefix("pid-")))
+        os.kill(killed[0], signal.SIGKILL)
 
-        found = [actor for actor in list_actors(filters=[("state", "=", "ALIVE")]) if "_Actor" in actor.class_name]
-        killed.append(found[0].pid)
-        os.kill(found[0].pid, signal.SIGKILL)
-
+    monkeypatch.setattr("errata.bench.engines._Actor", Marked)
     engine = RayEngine()
     spread = start(place, "ray", *methods, checkpoints=(2,), engine=engine, progress=kill_one)
-    assert killed and engine.workers == 2
+    assert killed and engine.workers == 2 and len(list(place.glob("pid-*"))) == 3
     a, b = (read_rows(run.path).drop(columns="run") for run in (local, spread))
     assert len(a) == len(b) > 60
     for column in WORDS:

@@ -31,7 +31,9 @@ from errata.model.loading import load
 QUICK = {"contexts": "bare", "statistics": None, "steps": 25, "kl": 0.0, "norm": 0.0, "clamp": 50.0, "layer": 1}
 STEER = {"prompts": 4, "context_prompts": 2, "implications": "none", "lift": False}
 ROME_ALONE = Method("rome", "rome", changes=QUICK)
-MEMIT = Method("memit", "memit", "all", changes={**{k: v for k, v in QUICK.items() if k != "layer"}, "layers": (1,)})
+MEMIT = Method(
+    "memit", "memit", "all", changes={"lam": 0.1, **{k: v for k, v in QUICK.items() if k != "layer"}, "layers": (1,)}
+)
 SAKE_ALL = Method("sake, all", "sake", "all", changes=STEER)
 LIFELONG = Method("rome, lifelong", "rome", "sequential", changes=QUICK)
 SUBJECTS = {"Needle": "Paris", "Tower": "is", "Gate": "the", "Dome": "in", "Wall": "Japan"}
@@ -157,7 +159,9 @@ def test_single_edits_are_fitted_asked_and_counted(place: Path) -> None:
         ("unedited", "edit"): 5, ("unedited", "fact"): 2, ("unedited", "neighborhood"): 5,
     }  # fmt: skip
     own = rows[rows["method"] == "rome"]
-    assert own["passed"][own["kind"] == "edit"].all() and set(own["edits"]) == {1} and set(own["setting"]) == {"single"}
+    assert (own["p_expected_first"][own["kind"] == "edit"] > 0.2).all()
+    assert (rows["p_expected_first"][(rows["method"] == "unedited") & (rows["kind"] == "edit")] < 0.1).all()
+    assert set(own["edits"]) == {1} and set(own["setting"]) == {"single"}
     assert own["tags"].tolist()[0] == {"first": "N", "form": "own"} and set(rows["run"]) == {"a"}
     plain = rows[rows["method"] == "unedited"].set_index(["case", "probe"])["generated"]
     assert [plain[c, p] for c, p in zip(own["case"], own["probe"], strict=True)] == own["unedited"].tolist()
@@ -317,8 +321,8 @@ def test_ctrl_c_leaves_whole_units_and_the_model_as_it_was(place: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from test_runner import LIFELONG, ROME_ALONE, SAKE_ALL, start
-start(Path(sys.argv[1]), sys.argv[2], ROME_ALONE, SAKE_ALL, LIFELONG, checkpoints=(2,), progress=lambda p: print(p.job.name, flush=True))
+from test_runner import LIFELONG, ROME_ALONE, start
+start(Path(sys.argv[1]), sys.argv[2], ROME_ALONE, LIFELONG, checkpoints=(2,), progress=lambda p: print(p.job.name, flush=True))
 print("finished", flush=True)
 """
 
@@ -334,7 +338,7 @@ def test_kill_9_at_any_moment_neither_repeats_nor_loses_a_case(place: Path) -> N
         )
 
     told: list[str] = []
-    for after, pause in ((1, 0.0), (4, 0.05), (3, 0.02)):  # between units and in the midst of one
+    for after, pause in ((5, 0.1), (3, 0.3)):  # in the midst of a fit and of a sequence
         process = begin("killed")
         assert process.stdout is not None
         for _ in range(after):
@@ -351,7 +355,7 @@ def test_kill_9_at_any_moment_neither_repeats_nor_loses_a_case(place: Path) -> N
     assert process.returncode == 0 and rest.split()[-1] == "finished"
     rows = [name for name in [*told, *rest.split()] if "-fit-" not in name]
     assert len(rows) == len(set(rows))  # no unit of rows was made twice
-    whole = start(place, "whole", ROME_ALONE, SAKE_ALL, LIFELONG, checkpoints=(2,))
+    whole = start(place, "whole", ROME_ALONE, LIFELONG, checkpoints=(2,))
     for read in (read_rows, read_fits):
         a, b = (read(path).drop(columns=["run", "seconds"], errors="ignore") for path in (half.path, whole.path))
         assert texts(a) == texts(b) and len(a)
@@ -362,6 +366,23 @@ def texts(frame: Any) -> Sequence[Any]:
     """A table without its floats, and without the fit's own report."""
     kept = [c for c in frame.columns if frame[c].dtype != float and c != "report"]
     return [tuple(map(str, row)) for row in frame[kept].itertuples(index=False)]
+
+
+def test_the_unedited_model_is_asked_once_over_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from errata.bench import ask as module
+
+    counts: list[int] = []
+    real = module.ask
+    monkeypatch.setattr(
+        module, "ask", lambda m, t, questions, **rest: counts.append(len(questions)) or real(m, t, questions, **rest)
+    )
+    answers: dict[Any, dict[str, Any]] = {}
+    first = start(place, "a", answers=answers)
+    assert counts == [4, 2, 1, 2]  # edit prompts, with the first two a neighbour and a condition that all share; the world
+    second = start(place, "b", answers=answers, shard=5)
+    assert sum(counts) == 9
+    assert read_rows(first.path).drop(columns="run").equals(read_rows(second.path).drop(columns="run"))
+    assert list(read_rows(first.path)["case"])[:6] == ["Needle"] * 3 + ["Tower"] * 3
 
 
 def test_an_outcome_that_is_no_fit_ends_the_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

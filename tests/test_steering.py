@@ -23,7 +23,7 @@ from errata.model.fingerprint import base_of
 from errata.model.hooks import intervene
 from errata.model.states import states_at
 from errata.model.tokens import pad
-from errata.patch import Handle, Patch
+from errata.patch import Handle, Patch, attach_rows
 from errata.scope.gate import Gate, Pooling
 from errata.steering import Steering
 from errata.steering_table import SteeringTable
@@ -316,6 +316,26 @@ def test_steering_ends_with_the_object(case: Case, tokenizer: PreTrainedTokenize
         assert not found[start : start + length].eq(plain[start : start + length]).all(-1).any()
         if case.parts[0].site == "final":
             assert torch.equal(found[start + length :], plain[start + length :])
+
+
+def test_rows_have_edits_of_their_own(
+    case: Case, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each row one edit competes: its own, or one that is about another row's prompt; in one row none."""
+    n, hooks = len(case.parts), hooks_of(case.model)
+    chosen = [0, 1, 3, 2, 0, 1, 2, 3, n]
+    patches = [patch_of(case.model, tokenizer, (part,)) for part in case.parts]
+    own = [case.parts[c : c + 1] for c in chosen]
+    said = [
+        loop(lambda ids, own=own: oracle(case.model, own, ids), row) for row, own in zip(case.rows, own, strict=True)
+    ]
+    with attach_rows(case.model, tokenizer, [patches[c] if c < n else None for c in chosen]):
+        assert generate(case.model, case.rows) == said
+        assert generate(case.model, case.rows, use_cache=False) == said
+        monkeypatch.setattr(SteeringTable, "MEMORY", 1)
+        assert generate(case.model, case.rows, max_new_tokens=3) == [text[:3] for text in said]
+    same = [mine == all_ for mine, all_ in zip(said, case.said, strict=True)]
+    assert same == [True, True, False, False, *[True] * 5] and hooks_of(case.model) == hooks
 
 
 def test_forgetting_costs_a_pass_never_an_answer(case: Case, handle: Handle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,8 @@ All steering edits on a model live in one `SteeringTable`. Position i of a row i
 `ids[i−t+1..i]` are the first t tokens of e's new object and the gate of e is open at position i − t; at step 0 not again
 while the gate stays open after the object has been said. All of this is a function of the row's ids up to i, so a cached
 step, a beam, a sampled row, a left-padded row and a whole uncached sequence agree. At the default site, the final norm's
-output, steering never reaches later positions' states. Edits compete within one site.
+output, steering never reaches later positions' states. Edits compete within one site; where rows of a batch have patches of
+their own, each row's edits among themselves and with those that are loaded for all.
 
 Which positions are asked: every real position of the forward pass for activation gates. Encoder gates embed text, so they
 are asked where a next token is wanted: at each row's last position, and from the prompt's end on inside `prompts(lengths)`.
@@ -45,7 +46,7 @@ class _Pass:
     states: dict[str | int, Tensor] = field(default_factory=dict)
     gated: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) edit whose gate is open, or CLOSED
     asked: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) whether every gate was asked
-    points: dict[str, Tensor] = field(default_factory=dict)  # gate's digest -> (B, T, k)
+    points: dict[str, Tensor] = field(default_factory=dict)  # gate's digest -> (B, k), where each row ends
     nearest: Tensor | None = None  # (B, T) index of the nearest edit, open or not
     distance: Tensor | None = None  # (B, T) distance to it
     closest: Tensor | None = None  # (B, T) the same in radii
@@ -346,7 +347,8 @@ class SteeringTable:
             if points is None:
                 continue
             everywhere = everywhere & asked
-            current.points[balls.gate.digest] = points
+            ends = (last_positions(current.mask) - current.start).clamp(min=0).to(points.device)
+            current.points[balls.gate.digest] = points[torch.arange(rows, device=points.device), ends]
             found = balls.closest(points)
             near, distance, depth, winner, score = (x.to(device) for x in found)
             nearer = asked & (depth < current.closest)
@@ -516,7 +518,7 @@ class SteeringTable:
     def _remember(self, key: bytes, edits: dict[str | int, int], sums: dict[str | int, Tensor]) -> None:
         self._memory[key] = (edits, sums)
         self._memory.move_to_end(key)
-        while len(self._memory) > self.MEMORY:
+        while len(self._memory) > max(self.MEMORY, len(self._owners)):  # a pass remembers each of its rows
             self._memory.popitem(last=False)
 
     def _recall(self, current: _Pass, row: int, column: int) -> tuple[dict[str | int, int], dict[str | int, Tensor]]:
@@ -567,18 +569,18 @@ class SteeringTable:
                     nearest=self.active[near].edit if near != CLOSED else None,
                     distance=float(done.distance[row, column]),
                     radius=self.active[near].radius if near != CLOSED else float("nan"),
-                    own=self._distance(done, row, column, own[row]) if own else None,
+                    own=self._distance(done, row, own[row]) if own else None,
                 )
             )
         return decisions
 
-    def _distance(self, done: _Pass, row: int, column: int, edit: str) -> float | None:
-        """How far a position is from the scope of an edit itself, which is the first of its parts; None if it is not here."""
+    def _distance(self, done: _Pass, row: int, edit: str) -> float | None:
+        """How far the end of a row is from the scope of an edit itself, which is the first of its parts; None if it is not here."""
         part = next((p for p in self.active if p.edit == edit), None)
         points = done.points.get(part.gate.digest) if part else None
         if part is None or points is None:
             return None
-        return float(part.gate.distances(points[row, column][None], part.centre.float()[None]))
+        return float(part.gate.distances(points[row][None], part.centre.float()[None]))
 
 
 def _winners(parts: Iterable[Steering]) -> list[Steering]:

@@ -13,7 +13,7 @@ from errata.atlas import render
 from errata.atlas.counterfact import attribute_snippets, counterfact_records, counterfact_requests
 from errata.atlas.requests import update_requests
 from errata.atlas.ripple import bridge_implications, edited_fact, ripple_records, ripple_requests
-from errata.atlas.world import World, load_world
+from errata.atlas.world import Fact, Split, World, load_world
 from errata.bench.cases import Case
 from errata.bench.data.counterfact import counterfact_case
 from errata.bench.data.ripple import ripple_case
@@ -40,15 +40,14 @@ def cases(
     compositions in the fit and others can be compared. portable: only edits from which something follows.
     Raises ConfigError for a split that is neither dev nor test.
     """
-    if split not in ("dev", "test"):
-        raise ConfigError(f"expected the split dev or test of {name}, found {split!r}.")
+    half = _split(split, name)
     world, most = load_world(), len(load_world().facts) if n is None else n
     if name == "atlas-counterfact":
-        requests = counterfact_requests(world, most, split=split, seed=seed, portable=portable == "yes")
+        requests = counterfact_requests(world, most, split=half, seed=seed, portable=portable == "yes")
         kept = [_with(request, _kept(request.fit_implications, implications, request, seed)) for request in requests]
         return [_tagged(world, case) for case in _counterfact(world, kept, seed)]
     if name == "atlas-ripple":
-        requests = ripple_requests(world, most, split=split, seed=seed)
+        requests = ripple_requests(world, most, split=half, seed=seed)
         return [_tagged(world, case) for case in _ripple(world, requests, implications, seed)]
     requests = [r for r in update_requests(world) if edited_fact(world, r).split == split][:n]
     return [_tagged(world, case) for case in _updates(world, requests, seed)]
@@ -56,18 +55,25 @@ def cases(
 
 def known_facts(*, n: int | None = None, seed: int = 0, split: str = "test") -> list[KnownFact]:
     """`n` facts in their relation's first phrasing, spread evenly over the relations; None: all of the split."""
+    _split(split, "atlas-known")
     world, rng = load_world(), random.Random(seed)
     pools = [[f for f in world.by_relation[relation] if f.split == split] for relation in sorted(world.by_relation)]
     for pool in pools:
         rng.shuffle(pool)
     rng.shuffle(pools)
-    picked = []
+    picked: list[Fact] = []
     while any(pools) and (n is None or len(picked) < n):
         picked += [pool.pop() for pool in pools if pool]
     return [
         KnownFact(render.place("", world.phrasings[f.relation].cloze["fit"][0], f.subject), f.subject, f.object)
         for f in picked[:n]
     ]
+
+
+def _split(split: str, name: str) -> Split:
+    if split == "dev" or split == "test":
+        return split
+    raise ConfigError(f"expected the split dev or test of {name}, found {split!r}.")
 
 
 def _counterfact(world: World, requests: list[EditRequest], seed: int) -> Iterable[Case]:

@@ -147,10 +147,10 @@ def ripple_requests(world: World, n: int, *, split: Split = "test", seed: int = 
     pools = [iter(pool) for pool in (bridged, chained, drawn)]
     for which in cycle((0, 1, 0, 2, 0, 1, 0, 1, 0, 2)):
         free = (request for request in chain(pools[which], pools[2]) if request.id not in picked)
-        request = next(free, None)
-        if request is None or len(picked) == n:
+        found = next(free, None)
+        if found is None or len(picked) == n:
             break
-        picked[request.id] = request
+        picked[found.id] = found
     return list(picked.values())
 
 

@@ -80,15 +80,15 @@ def ask(
             raise RequestError(f"expected a patch for each edit that is asked about, found none for {min(missing)}")
         check_fits([patches[edit] for edit in {q.edit for q in questions}], model, tokenizer)
     run = partial(_batches, model, tokenizer, batch=batch, wrap=wrap)
-    kinds: dict[str, tuple[Task, Any]] = {
-        "generation": (partial(_sampled, seed=seed), patches),
-        "unrelated": (_unrelated, patches),
-        "": (partial(_answered, figures=figures), patches),
+    tasks: dict[str, Task] = {
+        "": partial(_answered, figures=figures),
+        "generation": partial(_sampled, seed=seed),
+        "unrelated": _unrelated,
     }
     found: dict[int, Row] = {}
-    for kind, (task, with_patches) in kinds.items():
-        at = [i for i, q in enumerate(questions) if (q.probe.kind if q.probe.kind in kinds else "") == kind]
-        found |= dict(zip(at, run([questions[i] for i in at], task, with_patches), strict=True))
+    for kind, task in tasks.items():
+        at = [i for i, q in enumerate(questions) if (q.probe.kind if q.probe.kind in tasks else "") == kind]
+        found |= dict(zip(at, run([questions[i] for i in at], task, patches), strict=True))
     known = dict(unedited or {})
     if patches is None and bare(model):
         known = {(q.case, q.index): found[i]["generated"] for i, q in enumerate(questions) if _stays(q)} | known

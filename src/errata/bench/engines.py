@@ -158,7 +158,7 @@ class _Dispatch:
         if packed is not None:
             self.patches[job.name] = self.ray.put(packed)
         self.open.discard(job.name)
-        self.take(job, replace(outcome, patches=_unpacked([packed]) if packed else ()))
+        self.take(job, outcome)
 
 
 class _Actor:
@@ -185,8 +185,8 @@ class _Actor:
         return replace(outcome, patches=()), files
 
 
-def _unpacked(packed: Sequence[list[bytes] | None]) -> tuple[Patch, ...]:
-    return tuple(Patch.from_bytes(file) for files in packed for file in files or ())
+def _unpacked(packed: Sequence[list[bytes]]) -> tuple[Patch, ...]:
+    return tuple(Patch.from_bytes(file) for files in packed for file in files)
 
 
 @contextmanager

@@ -93,13 +93,15 @@ def run(
     engine: Engine | None = None,
     command: str = "",
     cache: str | Path | bool | None = None,
+    answers: dict[Any, dict[str, Any]] | None = None,
     shard: int = SHARD,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> RunDirectory:
     """Run a plan into the directory `out`, or go on with what it lacks. The model is left as found.
 
     model, tokenizer: those of the plan's name, already loaded; the workers of other engines load their own. cache: the folder
-    of patches (None: the user's, False: none). Raises ConfigError naming the difference if `out` holds another run, or for
+    of patches (None: the user's, False: none). answers: what the unedited model said in earlier runs of this process with the
+    same model, which this one adds to. Raises ConfigError naming the difference if `out` holds another run, or for
     methods with one label or cases with one id; EditError of what the preset's cases need. A fit that fails is an entry in
     the run's fits, and stops nothing.
     """
@@ -118,7 +120,7 @@ def run(
         "weights": _digest(patches.base),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device_map": plan.device_map,
-        "methods": {m.label: {**_method_json(m), "config": json_config(editors[m.label])} for m in plan.methods},
+        "methods": {m.label: {"config": json_config(editors[m.label]), **_method_json(m)} for m in plan.methods},
         "data": plan.data,
         "split": plan.split,
         "asked_n": plan.n,
@@ -137,7 +139,9 @@ def run(
         workers = WorkerPlan(
             plan.model_name, plan.dtype, plan.device_map, tuple(cases), tuple(world), plan.methods, plan.seed, cache
         )
-        with Worker(model, tokenizer, cases, world, plan.methods, seed=plan.seed, cache=patches) as worker:
+        with Worker(
+            model, tokenizer, cases, world, plan.methods, seed=plan.seed, cache=patches, answers=answers
+        ) as worker:
             engine.run(work.lacking(), work.given, work.take, workers, worker)
         if plan.preset.extra is not None and not (directory.path / "extra.json").exists():
             plan.preset.extra(context, directory.path)

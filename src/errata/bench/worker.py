@@ -23,7 +23,8 @@ from errata.model.generate import greedy
 from errata.model.tokens import token_ids
 from errata.patch import Patch
 
-NO_ANSWER = ("generation", "unrelated")
+SAMPLED = "generation"
+NO_ANSWER = (SAMPLED, "unrelated")
 SPEED_PROMPTS, SPEED_TOKENS, SPEED_ROUNDS = 32, 16, 3
 
 
@@ -75,7 +76,10 @@ def editor_of(method: Method) -> Editor[Any]:
 
 
 class Worker:
-    """A model with the cases, probes and methods of a run. `close` (or leaving the block) takes every edit off again."""
+    """A model with the cases, probes and methods of a run. `close` (or leaving the block) takes every edit off again.
+
+    answers: what the unedited model said so far, filled as it is asked; runs of one model may share it.
+    """
 
     def __init__(
         self,
@@ -87,11 +91,13 @@ class Worker:
         *,
         seed: int = 0,
         cache: PatchCache | None = None,
+        answers: dict[Any, dict[str, Any]] | None = None,
     ):
         self.model, self.tokenizer, self.cases, self.world, self.seed = model, tokenizer, cases, world, seed
         self.methods = {method.label: method for method in methods}
         self.editors = {method.label: editor_of(method) for method in methods}
         self.cache = cache or PatchCache(model, tokenizer, folder=False)
+        self.answers = answers if answers is not None else {}
         self._state: tuple[tuple[str, int], ExitStack] | None = None
 
     def __enter__(self) -> "Worker":
@@ -146,16 +152,29 @@ class Worker:
     def _put(self, job: Job, given: Given, questions: list[Any], **options: Any) -> list[dict[str, Any]]:
         from errata.bench.ask import ask
 
-        about = {
-            "method": job.method,
-            "setting": "single" if job.method == UNEDITED else self.methods[job.method].setting,
-            "edits": job.edits,
-        }
-        unedited = None if job.method == UNEDITED else given.unedited
-        rows = ask(self.model, self.tokenizer, questions, unedited=unedited, seed=self.seed, **options)
-        if job.method == UNEDITED:  # the others' rows say what it said; a sampled text or a running one is no answer
-            rows = [row | {"unedited": None if row["kind"] in NO_ANSWER else row["generated"]} for row in rows]
+        if job.method == UNEDITED:
+            about = {"method": UNEDITED, "setting": "single", "edits": 0}
+            return [about | row for row in self._unedited(questions)]
+        about = {"method": job.method, "setting": self.methods[job.method].setting, "edits": job.edits}
+        rows = ask(self.model, self.tokenizer, questions, unedited=given.unedited, seed=self.seed, **options)
         return [about | row for row in rows]
+
+    def _unedited(self, questions: list[Any]) -> list[dict[str, Any]]:
+        """What the model says without edits; each prompt is asked once, but for sampled texts."""
+        from errata.bench.ask import ask
+
+        probes = [(q.probe, q.case if q.probe.kind == SAMPLED else "") for q in questions]
+        keys = [(p.kind, p.prompt, p.expected, p.alternatives, case) for p, case in probes]
+        new = {key: q for key, q in zip(keys, questions, strict=True) if key not in self.answers or key[0] == SAMPLED}
+        for key, row in zip(new, ask(self.model, self.tokenizer, list(new.values()), seed=self.seed), strict=True):
+            # the others' rows say what it said; a sampled text or a running one is no answer
+            self.answers[key] = row | {"unedited": None if row["kind"] in NO_ANSWER else row["generated"]}
+        own = [
+            {"case": q.case, "edit": q.edit, "probe": q.index, "tags": dict(q.tags), "test": q.probe.test}
+            | {"joined": q.probe.joined, "condition": q.probe.condition}
+            for q in questions
+        ]
+        return [self.answers[key] | about for key, about in zip(keys, own, strict=True)]
 
     def _ask(self, job: Job, given: Given) -> Outcome:
         if job.edits:
@@ -309,14 +328,16 @@ class Worker:
         if self.methods[job.method].setting == "single":
             patches = next((list(found.values()) for found in self._first_fits(job)), [])
         self.close()
+        if not patches:
+            return Outcome(speed={})
         prompts = [case.request.text for case in self.cases[:SPEED_PROMPTS]]
         self._pace(prompts)  # the first pass of a process is slower
         plain, edited = 0.0, 0.0
-        for _ in range(SPEED_ROUNDS if patches else 0):
+        for _ in range(SPEED_ROUNDS):
             plain = max(plain, self._pace(prompts))
             with self._inside(job, patches):
                 edited = max(edited, self._pace(prompts))
-        return Outcome(speed={"tokens_per_second": edited, "unedited": plain, "edits": job.edits} if patches else {})
+        return Outcome(speed={"tokens_per_second": edited, "unedited": plain, "edits": job.edits})
 
     def _first_fits(self, job: Job) -> Iterator[dict[str, Patch]]:
         for i in range(len(self.cases)):

@@ -11,14 +11,14 @@ from errata.cli.common import CommandGroup
 HELP = """Correct facts inside language models, check that the correction took, and take it back at any time.
 
 Begin with **errata demo**; then **updates** (real changes to try), **fit**, **ask**, **verify** and **show**; **methods**
-lists the editing methods and their options, **calibrate** learns a model's scope test.
+lists the editing methods and their options, **calibrate** learns a model's scope test, **bench** makes the papers' tables.
 
 With **--json** a command prints exactly one JSON object on standard output;
 progress, notices and errors go to standard error.
 
 Exit codes: 0 all went well; 1 the command worked, but a check failed (verify --min-..., or logits that detaching did
-not restore); 2 wrong usage or input, with one sentence that says what; 130 interrupted (a fit keeps its finished edits and
-goes on when repeated).
+not restore); 2 wrong usage or input, with one sentence that says what; 130 interrupted (a fit keeps its finished edits, a
+benchmark its finished units, and both go on when repeated).
 """
 
 app = typer.Typer(

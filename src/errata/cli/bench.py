@@ -146,11 +146,12 @@ def run(
     chosen = _engine(engine, address, workers, threads)
     loaded, tokenizer = load(model, dtype, device_map, threads)
     command = shlex.join(["errata", *sys.argv[1:]])
-    found = []
+    found: list[dict[str, Any]] = []
+    answers: dict[Any, dict[str, Any]] = {}
     for one, own in zip(presets, picked, strict=True):
         plan = Plan(one, model, own, n, seed, data, split.value, dtype, device_map)
         where = out_path / one.name if every else out_path
-        found.append(_run(plan, where, loaded, tokenizer, chosen, command, report, json_output))
+        found.append(_run(plan, where, loaded, tokenizer, chosen, command, report, json_output, answers))
     if json_output:
         emit({"runs": found})
 
@@ -189,9 +190,13 @@ app.command("rows")(show_rows)
 @app.command("table")
 def show_table(run_path: Run, json_output: Json = False) -> None:
     """The tables of a run, ours beside what the papers print."""
-    tables = _tables(run_path)
+    from errata.bench.report import tables_of
+
+    tables = tables_of(run_path)
     if json_output:
-        emit({"tables": [{"title": t.title, "columns": t.columns, "rows": t.rows, "note": t.note} for t in tables]})
+        cells = [[[c.json() if hasattr(c, "json") else c for c in line] for line in t.rows] for t in tables]
+        named = zip(tables, cells, strict=True)
+        emit({"tables": [{"title": t.title, "columns": t.columns, "rows": c, "note": t.note} for t, c in named]})
         return
     for one in tables:
         out().print(one.rich())
@@ -222,7 +227,15 @@ def _engine(engine: Engine, address: str | None, workers: int | None, threads: i
 
 
 def _run(
-    plan: Any, path: Path, model: Any, tokenizer: Any, engine: Any, command: str, report: bool, quiet: bool
+    plan: Any,
+    path: Path,
+    model: Any,
+    tokenizer: Any,
+    engine: Any,
+    command: str,
+    report: bool,
+    quiet: bool,
+    answers: dict[Any, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Run a plan with its progress on stderr; the summary as JSON values."""
     from errata.bench import report as reports
@@ -231,7 +244,7 @@ def _run(
     started = time.perf_counter()
     try:
         with _progress(plan.preset.name) as progress:
-            do(plan, path, model, tokenizer, engine=engine, command=command, progress=progress)
+            do(plan, path, model, tokenizer, engine=engine, command=command, answers=answers, progress=progress)
     except KeyboardInterrupt:
         begun = (path / "run.json").exists()
         go_on = f"finished units are kept; `errata bench resume {shlex.quote(str(path))}` goes on"
@@ -254,7 +267,9 @@ def _summary(path: Path, seconds: float) -> dict[str, Any]:
 
 
 def _print(path: Path, value: dict[str, Any]) -> None:
-    for one in _tables(path):
+    from errata.bench.report import tables_of
+
+    for one in tables_of(path):
         out().print(one.rich())
     numbers = ("fits", "failed", "s per fit", "bytes per edit", "tokens/s", "of unedited")
     made = table("Cost", "method", *numbers, right=numbers)
@@ -273,12 +288,6 @@ def _print(path: Path, value: dict[str, Any]) -> None:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _tables(path: Path) -> Any:
-    from errata.bench.report import tables_of
-
-    return tables_of(path)
 
 
 @contextmanager

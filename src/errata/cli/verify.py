@@ -181,9 +181,10 @@ def _ask(model: Any, tokenizer: Any, patch: Any, texts: list[str], requests: Any
 
 def _refuse_joint(edits: Any) -> None:
     """Refuse to take apart what was written together. edits: an editor or a patch."""
+    from errata.editor import Editor
     from errata.editors import get_editor
 
-    if get_editor(edits.method).joint:
+    if edits.joint if isinstance(edits, Editor) else get_editor(edits.method).wrote_jointly(edits.config):
         raise ConfigError(
             f"--single judges edits that were fitted independently, and {edits.method} edits are written together; leave it out"
         )

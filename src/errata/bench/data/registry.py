@@ -307,7 +307,7 @@ def _download(hub: Hub, target: Path, split: str) -> Path:
     """A file of the hub's cache; a set stored as Parquet becomes `target`, in the order of its case ids."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    common = {"repo_type": "dataset", "revision": hub.revision}
+    common: dict[str, Any] = {"repo_type": "dataset", "revision": hub.revision}
     if hub.files:
         if split not in hub.files:
             raise ValueError(f"it has no split {split!r}")
@@ -382,7 +382,7 @@ def _cases(
     return dataset, file, made(file, rows, _maker(dataset, seed, options), problems)[:n]
 
 
-def _maker(dataset: Dataset, seed: int, options: Mapping[str, str]) -> Callable[[Any], Case]:
+def _maker(dataset: Dataset, seed: int, options: Mapping[str, Any]) -> Callable[[Any], Case]:
     if dataset.layout == "zsre":
         return partial(zsre_case, seed=seed, **options)
     if dataset.layout == "knowedit":

@@ -191,7 +191,25 @@ def _bare(name: str | None) -> str:
 # Where a statement of the published builder ends and its object begins.
 _COPULA = re.compile(r"\b(is followed by|follows|is|are)\b")
 _FRAME = frozenset(
-    ["a", "an", "and", "are", "associated", "by", "does", "follows", "has", "in", "is", "name", "names", "of", "part", "that", "the", "was", "which", "with", "won"]
+    (
+        "a",
+        "an",
+        "and",
+        "are",
+        "associated",
+        "by",
+        "does",
+        "follows",
+        "has",
+        "in",
+        "is",
+        "name",
+        "names",
+        "of",
+        "part",
+        "that",
+    )
+    + ("the", "was", "which", "with", "won")
 )
 
 
