@@ -90,6 +90,7 @@ def one_by_one(model: Any, tokenizer: Any, question: Question, patch: Patch | No
     probe = question.probe
     names = (*probe.expected, *probe.alternatives)
     longest = max((len(tokenizer(f" {n}", add_special_tokens=False)["input_ids"]) for n in names), default=10) + 2
+    longest = longest if probe.expected else max(longest, 12)
     [before] = greedy(model, tokenizer, [probe.prompt], longest)
     with ExitStack() as stack:
         handle = stack.enter_context(patch.attach(model, tokenizer)) if patch else None

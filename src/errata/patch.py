@@ -172,7 +172,8 @@ class Patch:
         return {name: t.detach().cpu().contiguous() for name, t in named.items()}
 
     def _gates(self) -> dict[str, Gate]:
-        return {part.gate.digest: part.gate for part in (*self.steering, *self.context) if part.gate is not None}
+        parts = [part for part in self.parts if not isinstance(part, LowRank)]
+        return {part.gate.digest: part.gate for part in parts if part.gate is not None}
 
     def header(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON values."""

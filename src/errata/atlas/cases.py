@@ -40,14 +40,14 @@ def cases(
     compositions in the fit and others can be compared. portable: only edits from which something follows.
     Raises ConfigError for a split that is neither dev nor test.
     """
-    half = _split(split, name)
+    part = _split(split, name)
     world, most = load_world(), len(load_world().facts) if n is None else n
     if name == "atlas-counterfact":
-        requests = counterfact_requests(world, most, split=half, seed=seed, portable=portable == "yes")
+        requests = counterfact_requests(world, most, split=part, seed=seed, portable=portable == "yes")
         kept = [_with(request, _kept(request.fit_implications, implications, request, seed)) for request in requests]
         return [_tagged(world, case) for case in _counterfact(world, kept, seed)]
     if name == "atlas-ripple":
-        requests = ripple_requests(world, most, split=half, seed=seed)
+        requests = ripple_requests(world, most, split=part, seed=seed)
         return [_tagged(world, case) for case in _ripple(world, requests, implications, seed)]
     requests = [r for r in update_requests(world) if edited_fact(world, r).split == split][:n]
     return [_tagged(world, case) for case in _updates(world, requests, seed)]
@@ -71,8 +71,9 @@ def known_facts(*, n: int | None = None, seed: int = 0, split: str = "test") -> 
 
 
 def _split(split: str, name: str) -> Split:
-    if split == "dev" or split == "test":
-        return split
+    found: dict[str, Split] = {"dev": "dev", "test": "test"}
+    if split in found:
+        return found[split]
     raise ConfigError(f"expected the split dev or test of {name}, found {split!r}.")
 
 

@@ -173,12 +173,15 @@ def _answered(
     said = asked(model, prompts)
     ids = token_ids(tokenizer, said)
     names = [(*q.probe.expected, *q.probe.alternatives) for q in questions]
-    limits = _limits(tokenizer, names)
-    for row, text, limit in zip(ids, said, limits, strict=True):
-        check_room(model, [row], [text], new=limit)
+    limits = [
+        max(limit, OPEN_TOKENS) if _stays(q) else limit
+        for q, limit in zip(questions, _limits(tokenizer, names), strict=True)
+    ]
+    for own, text, limit in zip(ids, said, limits, strict=True):
+        check_room(model, [own], [text], new=limit)
     batch = pad(ids, pad_id(tokenizer), input_device(model), "left")
     with _prompts(model, [len(row) for row in ids]):
-        inputs = batch.inputs(model)
+        inputs: dict[str, Any] = dict(batch.inputs(model))
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             inputs |= {"logits_to_keep": 1}
         out = model(**inputs, use_cache=True)
@@ -194,9 +197,9 @@ def _answered(
                 tails = [
                     continuation_ids(tokenizer, text, a[0]) if a else [] for text, a in zip(said, answers, strict=True)
                 ]
-                for row, tail, found in zip(rows, tails, _forced(model, batch, cache, first, tails), strict=True):
+                each = _forced(model, batch, cache, first, tails)
+                for row, tail, (logp, hits) in zip(rows, tails, each, strict=True):
                     if tail:
-                        logp, hits = found
                         row |= {f"p_{which}": exp(sum(logp) / len(logp)), f"p_{which}_first": exp(logp[0])}
                         row |= {"token_accuracy": sum(hits) / len(hits)} if which == "expected" else {}
         texts = _greedy(model, tokenizer, batch, cache, first, names, limits)
