@@ -93,7 +93,7 @@ class Metric:
         """Whether the conditions of each test that has any hold on the unedited model, by TEST."""
         import pandas as pd
 
-        asked = rows[rows["kind"].isin(self.kinds)].assign(test=rows["test"].fillna(""))
+        asked = rows[rows["kind"].isin(self.kinds)].assign(test=lambda own: own["test"].fillna(""))
         found = asked[asked["condition"].astype(bool)].sort_values(PROBE, kind="stable")
         held = found.assign(value=self.asks(found) == 1)
         if self.alias:

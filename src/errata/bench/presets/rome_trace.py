@@ -60,16 +60,17 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     if not about:
         return []
     effects = []
-    published = {model: dict(own) for model, own in PUBLISHED["rome-trace"].items()}
+    # The papers' peaks are those of the early site; at the last token of the last layer everything comes back by itself.
+    at_subject = {f"{kind}, peak": f"{kind}, last subject token" for kind in ("hidden state", "MLP")}
+    published = {
+        model: {at_subject.get(label, label): values for label, values in own.items()}
+        for model, own in PUBLISHED["rome-trace"].items()
+    }
 
     def rate(mean: dict[str, Any], at: int | None, what: str) -> Rate:
         value, low, high = (mean[k] if at is None else mean[k][at] for k in ("mean", "low", "high"))
         return Rate(value, low, high, mean["n"], what, "1.96 standard errors over facts", unit="difference")
 
-    total = about["averages"][0]["total_effect"]
-    effects.append(
-        ["total effect", "", None, rate(total, None, "clean minus corrupted probability of the answer's first token")]
-    )
     words = "probability that putting one state (or a window of outputs) back gives; mean over facts"
     names = {"hidden": "hidden state", "mlp": "MLP", "attention": "attention"}
     for one in about["averages"]:
@@ -85,6 +86,10 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
         last = own["last subject"]
         layer = max(range(len(last["mean"])), key=lambda i: last["mean"][i])
         effects.append([f"{names[one['kind']]}, last subject token", "last subject", layer, rate(last, layer, words)])
+    total = about["averages"][0]["total_effect"]
+    effects.append(
+        ["total effect", "", None, rate(total, None, "clean minus corrupted probability of the answer's first token")]
+    )
     note = (
         f"{about['averages'][0]['n']} of {about['facts']} facts that the model knows; noise of three standard deviations of the "
         f"subjects' embeddings.\nPublished: {SOURCES['rome-trace']}."
