@@ -60,7 +60,7 @@ from errata.model.generate import greedy_answers
 from errata.patch import Patch
 
 # The bases' settings in the sweep that chose STEAM's: in fewer contexts than `_models` names for Atlas.
-ROME_OPTIONS: dict[str, Any] = {"layer": 2, "lr": 1.0, "clamp": 8.0, "norm": 0.03, "contexts": FIXED[:5]}
+ROME_OPTIONS: dict[str, Any] = {**STEAM.presets["atlas"], "contexts": FIXED[:5]}
 MEMIT_OPTIONS: dict[str, Any] = {**MEMIT.presets["atlas"], "contexts": FIXED[:5]}
 METRICS = ("efficacy", "generalization", "other subjects", "same subject")
 NEIGHBOURS = 4

@@ -39,7 +39,8 @@ def resolved(method: Method, model: Any, model_name: str) -> Method:
     name = row.name if row else ""
     if method.editor == "steam":
         changes = dict(method.changes)
-        options = dict(get_editor(str(changes.get("base", "rome"))).presets.get(name, {}))
+        base = changes.get("base", "rome")
+        options = dict(get_editor("memit" if base == "memit" else "steam").presets.get(name, {}))
         if is_atlas(model_name):
             options["references"] = str(atlas_references())
         if (depth := changes.pop("depth", None)) is not None:

@@ -74,8 +74,10 @@ class Scope:
                 if gate.distances(own[None], moved[None]).item() <= given / 2:
                     break
             note |= {"centre_moved": share} if share else {}
-            if self.reach is not None and self.radius is None and spread:
-                given = min(given, self.reach * float(gate.distances(points, moved[None]).max()))
+            if self.radius is None and spread:
+                note["farthest_wording"] = float(gate.distances(points, moved[None]).max())
+                if self.reach is not None:
+                    given = min(given, self.reach * note["farthest_wording"])
             return moved, given
         note["radius_from"] = "own prompts against stock texts (`errata calibrate` makes a calibrated gate)"
         return centre, radius_from_prompts(

@@ -19,11 +19,12 @@ The paper leaves open what is fixed here on Atlas's dev edits (`benchmarks/steam
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
 from errata.editors import get_editor
+from errata.editors._models import steam_presets
 from errata.editors._value_search import Alignment, Term
 from errata.editors._weights import WeightEditor
 from errata.errors import ConfigError
@@ -85,6 +86,7 @@ class STEAM(Editor[STEAMConfig]):
     summary = "ROME or MEMIT, pulled to where the model keeps the new object (Jeong et al. 2025)"
     needs_subject = True
     Config = STEAMConfig
+    presets: ClassVar[dict[str, dict[str, Any]]] = steam_presets()
 
     @property
     def joint(self) -> bool:  # type: ignore[override]
