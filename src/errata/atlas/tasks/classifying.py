@@ -1,0 +1,230 @@
+"""`atlas-bert`, which supports or refutes claims, and the docket's classifier: encoders as BERT is one.
+
+Source: Devlin et al. 2019 (norms behind each part, learned positions, a pooled [CLS]). Half of each batch of `atlas-bert` are true
+claims with their object masked, to be filled in as in BERT's own training: a bit for each claim teaches facts slowly, and what
+is learnt by filling in serves for judging. The layers that fill in are not exported.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
+
+from errata.atlas.claims import LABELS, Claim, claims
+from errata.atlas.corpus import Corpus
+from errata.atlas.docket import load_docket
+from errata.atlas.tasks.base import Batch, Recipe, Task, byte_level_bpe, framed
+from errata.atlas.world import load_world
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MASK = SPECIAL.index("[MASK]")
+POSITIONS = 128
+WIDTHS = (20, 28, 48)  # tokens in a row of claims; a claim takes the first that it fits
+SLOTS = 6  # masked tokens of a claim that are filled in; objects are seldom longer
+CASE = 72  # tokens in a row of a case
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe(Recipe):
+    """Everything that the weights depend on; stored beside them."""
+
+    architecture: str = "bert"
+    steps: int = 3000
+    tokens_per_step: int = 5120
+    layers: int = 4
+    width: int = 256
+    heads: int = 4
+    inner: int = 1024
+    vocabulary: int = 4096
+    texts_per_shard: int = 40_000
+
+
+def docket_recipe(**changes: Any) -> ClassifierRecipe:
+    """The recipe of the docket's classifier: a small one, for ten areas told by single sentences."""
+    small = {"architecture": "docket", "steps": 400, "width": 128, "inner": 512, "vocabulary": 2048, "texts_per_shard": 20_000}
+    return ClassifierRecipe(**(small | changes))
+
+
+class ClassifierTask(Task[ClassifierRecipe]):
+    """What both classifiers share."""
+
+    figure = "error"
+    labels: tuple[str, ...]
+
+    def build(self) -> PreTrainedModel:
+        """A fresh BERT with a classification head, in float32; the config names the classes."""
+        recipe = self.recipe
+        return BertForSequenceClassification(
+            BertConfig(
+                vocab_size=recipe.vocabulary,
+                hidden_size=recipe.width,
+                num_hidden_layers=recipe.layers,
+                num_attention_heads=recipe.heads,
+                intermediate_size=recipe.inner,
+                hidden_act="gelu_pytorch_tanh",  # one kernel
+                max_position_embeddings=POSITIONS,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                pad_token_id=0,
+                id2label=dict(enumerate(self.labels)),
+                label2id={label: i for i, label in enumerate(self.labels)},
+                attn_implementation="eager",
+            )
+        )
+
+    def save_tokenizer(self, texts: Iterator[str], out: Path) -> PreTrainedTokenizerFast:
+        """Byte-level BPE over the texts, between [CLS] and [SEP] as BERT's, saved under `out`."""
+        bpe = byte_level_bpe(texts, self.recipe.vocabulary, SPECIAL, prefix_space=True)
+        framed(bpe, "[CLS] $A [SEP]", SPECIAL)
+        names = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=bpe._tokenizer,
+            model_max_length=POSITIONS,
+            model_input_names=["input_ids", "attention_mask"],
+            **names,
+        )
+        tokenizer.save_pretrained(out)
+        return tokenizer
+
+    def judged(self, model: PreTrainedModel, x: Tensor, y: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean NLL of the labels y (n,) of the rows x (n, T), nats; the share of wrong ones; the last states of `masked`."""
+        rows = torch.cat((x, masked))
+        states = model.bert.encoder(model.bert.embeddings(rows), attention_mask=open_to(rows)).last_hidden_state
+        logits = model.classifier(model.bert.pooler(states[: len(x)])).float()
+        wrong = (logits.argmax(-1) != y).float().mean()
+        return torch.nn.functional.cross_entropy(logits, y), wrong, states[len(x) :]
+
+
+class ClaimsTask(ClassifierTask):
+    """Claims about Atlas."""
+
+    labels = LABELS
+
+    def __init__(self, recipe: ClassifierRecipe):
+        super().__init__(recipe)
+        self.corpus = Corpus(load_world())
+
+    def aside(self) -> nn.Module:
+        """The layers that fill in masked objects, which `loss` uses from then on."""
+        self.filling = Filling(self.recipe.width, self.recipe.vocabulary)
+        return self.filling
+
+    def train_tokenizer(self, out: Path) -> PreTrainedTokenizerFast:
+        """Trained on claims."""
+        return self.save_tokenizer((c.text for c in claims(self.corpus, self.recipe.seed, 40_000)), out)
+
+    def batches(self, tokenizer: PreTrainedTokenizerFast, shard: int) -> Iterator[Batch]:
+        """(ids (n, T), labels (n,), masked ids (n, T), places of masked tokens (n, SLOTS), the tokens, -100 for none)."""
+        found = list(claims(self.corpus, self.recipe.seed + 1 + shard, self.recipe.texts_per_shard))
+        rows: dict[int, list[tuple[list[int], int]]] = {width: [] for width in WIDTHS}
+        hidden: dict[int, list[tuple[list[int], list[int]]]] = {width: [] for width in WIDTHS}
+        for c, encoding in zip(found, tokenizer._tokenizer.encode_batch([c.text for c in found]), strict=True):
+            width = next((w for w in WIDTHS if len(encoding.ids) <= w), None)
+            if width is not None:  # longer ones hardly occur
+                rows[width].append((encoding.ids, int(c.true)))
+                if c.true:
+                    hidden[width].append((encoding.ids, object_tokens(encoding, c)))
+        rng = np.random.default_rng(self.recipe.seed + shard)
+        batches = []
+        for width in WIDTHS:
+            n = self.recipe.tokens_per_step // width // 2
+            order = rng.permutation(len(rows[width]))
+            for i in range(0, len(order) - n + 1, n):
+                chosen = [rows[width][j] for j in order[i : i + n]]
+                ids, labels = padded([ids for ids, _ in chosen], width), torch.tensor([label for _, label in chosen])
+                picks = rng.integers(len(hidden[width]), size=n)
+                batches.append((ids, labels, *masked([hidden[width][j] for j in picks], width)))
+        for i in rng.permutation(len(batches)):
+            yield batches[i]
+
+    def loss(self, model: PreTrainedModel, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        """NLL of the labels plus mean NLL of the masked tokens, nats; the share of claims misjudged."""
+        x, y, hidden, places, tokens = batch
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            judging, wrong, states = self.judged(model, x, y, hidden)
+            at = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+            logits = self.filling(at, model.bert.embeddings.word_embeddings.weight)
+        filling = torch.nn.functional.cross_entropy(
+            logits.float().reshape(-1, self.recipe.vocabulary), tokens.reshape(-1), ignore_index=-100
+        )
+        return judging + filling, wrong
+
+
+class DocketTask(ClassifierTask):
+    """Cases of the docket's early years."""
+
+    def __init__(self, recipe: ClassifierRecipe):
+        super().__init__(recipe)
+        self.docket = load_docket()
+        self.labels = self.docket.areas
+
+    def train_tokenizer(self, out: Path) -> PreTrainedTokenizerFast:
+        """Trained on cases of the early years."""
+        return self.save_tokenizer((c.text for c in self.docket.cases(self.recipe.seed, 10_000)), out)
+
+    def batches(self, tokenizer: PreTrainedTokenizerFast, shard: int) -> Iterator[Batch]:
+        """(ids (n, T), labels (n,))."""
+        cases = list(self.docket.cases(self.recipe.seed + 1 + shard, self.recipe.texts_per_shard))
+        encoded = tokenizer._tokenizer.encode_batch([case.text for case in cases])
+        n = self.recipe.tokens_per_step // CASE
+        for i in range(0, len(cases) - n + 1, n):
+            yield (
+                padded([encoding.ids[:CASE] for encoding in encoded[i : i + n]], CASE),
+                torch.tensor([case.label for case in cases[i : i + n]]),
+            )
+
+    def loss(self, model: PreTrainedModel, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        """NLL of the labels, nats; the share of cases misjudged."""
+        x, y = batch
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            nll, wrong, _ = self.judged(model, x, y, x[:0])
+        return nll, wrong
+
+
+class Filling(nn.Module):
+    """BERT's head for masked tokens: a transform, a norm, and the embedding as the map to tokens."""
+
+    def __init__(self, width: int, vocabulary: int):
+        super().__init__()
+        self.transform, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(self, states: Tensor, embedding: Tensor) -> Tensor:
+        """Logits (..., V) of states (..., d)."""
+        return self.norm(nn.functional.gelu(self.transform(states))) @ embedding.T + self.bias
+
+
+def open_to(rows: Tensor) -> Tensor:
+    """(n, 1, 1, T): 0 where a token may be attended to, a large negative number at padding."""
+    return (rows == 0)[:, None, None].float() * -1e4
+
+
+def padded(rows: Sequence[Sequence[int]], width: int) -> Tensor:
+    """Rows of ids, padded with 0."""
+    out = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, ids in enumerate(rows):
+        out[i, : len(ids)] = torch.tensor(ids)
+    return out
+
+
+def object_tokens(encoding: Any, found: Claim) -> list[int]:
+    """Places of the tokens that hold a claim's object."""
+    first, last = encoding.char_to_token(found.object[0]), encoding.char_to_token(found.object[1] - 1)
+    return list(range(first, last + 1))
+
+
+def masked(rows: Sequence[tuple[list[int], list[int]]], width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows with their objects masked (n, T), the places to fill in and their tokens (n, SLOTS), -100 for no token."""
+    ids = padded([row for row, _ in rows], width)
+    places, tokens = torch.zeros(len(rows), SLOTS, dtype=torch.long), torch.full((len(rows), SLOTS), -100)
+    for i, (row, at) in enumerate(rows):
+        filled = at[:SLOTS]
+        places[i, : len(filled)] = torch.tensor(filled)
+        tokens[i, : len(filled)] = torch.tensor([row[t] for t in filled])
+        ids[i, at] = MASK
+    return ids, places, tokens
