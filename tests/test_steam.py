@@ -3,8 +3,10 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,10 @@ from conftest import SENTENCES, hooks_of
 from errata.atlas.references import references
 from errata.atlas.requests import counterfactual_requests
 from errata.atlas.world import load_world
+from errata.cli.fit import with_batch
+from errata.cli.verify import _refuse_joint
 from errata.edit import EditRequest
+from errata.editors.emmet import EMMET
 from errata.editors.memit import MEMIT
 from errata.editors.rome import ROME
 from errata.editors.steam import STEAM, STEAMConfig
@@ -393,6 +398,18 @@ def test_figures_are_written(tmp_path: Path) -> None:
         cosine_figure({})
     with pytest.raises(RequestError, match="found none"):
         projection_figure({}, "references")
+
+
+def test_steam_writes_as_its_base_does() -> None:
+    """On MEMIT one write serves all edits: they are fitted together, and no part of them is an edit by itself."""
+    assert (STEAM(base="memit").joint, STEAM().joint) == (True, False)
+    assert STEAM().batch == ROME.batch > 1
+    assert with_batch(STEAM(base="memit"), 10).config.settings["batch_size"] == 10
+    assert with_batch(EMMET(), 10).config.batch_size == 10
+    config = asdict(STEAM(base="memit").config)
+    with pytest.raises(ConfigError, match="steam edits are written together"):
+        _refuse_joint(SimpleNamespace(method="steam", config=config, steering=()))
+    _refuse_joint(SimpleNamespace(method="steam", config=config | {"base": "rome"}, steering=()))
 
 
 def test_settings_of_the_base_on_the_command_line() -> None:

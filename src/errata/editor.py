@@ -2,7 +2,7 @@
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any, ClassVar, Generic, TypeVar
@@ -34,8 +34,8 @@ class Editor(ABC, Generic[C]):
     method: ClassVar[str]
     summary: ClassVar[str] = ""
     needs_subject: ClassVar[bool] = False
-    joint: ClassVar[bool] = False
-    batch: ClassVar[int] = 1
+    joint: bool = False
+    batch: int = 1
     Config: ClassVar[type[Any]]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -59,6 +59,11 @@ class Editor(ABC, Generic[C]):
                 f"{cls.method} has no preset {name!r}; there are {', '.join(sorted(cls.presets)) or 'none'}"
             )
         return cls(**(cls.presets[name] | changes))
+
+    @classmethod
+    def wrote_jointly(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a patch of this method with this configuration holds one write for all its requests."""
+        return cls.joint
 
     @abstractmethod
     def fit(

@@ -194,9 +194,7 @@ def options_of(path: Path, editor: Any) -> dict[str, Any]:
 
 
 def with_batch(editor: Any, batch: int) -> Any:
-    """A joint editor that writes so many edits at a time. Raises ConfigError if the method writes all at once only."""
-    if not hasattr(editor.config, "batch_size"):
-        raise ConfigError(f"{editor.method} writes all edits at once; leave out --batch")
+    """A joint editor that writes so many edits at a time. Raises ConfigError if the method has no such option."""
     return type(editor)(editor.config, batch_size=batch)
 
 

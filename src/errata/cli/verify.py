@@ -191,12 +191,14 @@ def _ask(model: Any, tokenizer: Any, patch: Any, texts: list[str], requests: Any
 
 def _refuse_joint(edits: Any) -> None:
     """Refuse to take apart what was written together. edits: an editor or a patch."""
+    from errata.editor import Editor
     from errata.editors import get_editor
 
-    if getattr(edits, "steering", ()) or get_editor(edits.method).joint:
+    joint = edits.joint if isinstance(edits, Editor) else get_editor(edits.method).wrote_jointly(edits.config)
+    if getattr(edits, "steering", ()) or joint:
         raise ConfigError(
             f"--single judges edits that were fitted independently, by their weights, and {edits.method} edits "
-            f"{'are written together' if get_editor(edits.method).joint else 'act by their scope'}; leave it out"
+            f"{'are written together' if joint else 'act by their scope'}; leave it out"
         )
 
 

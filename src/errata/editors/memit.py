@@ -95,7 +95,7 @@ class MEMIT(WeightEditor[MEMITConfig]):
 
     method = "memit"
     summary = "many edits at once, spread over the MLPs of several layers (Meng et al. 2023)"
-    joint: ClassVar[bool] = True
+    joint = True
     Config = MEMITConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = memit_presets()
 

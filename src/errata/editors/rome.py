@@ -65,7 +65,7 @@ class ROME(WeightEditor[ROMEConfig]):
 
     method = "rome"
     summary = "rank-one update of one MLP at the subject's last token (Meng et al. 2022)"
-    batch: ClassVar[int] = 64
+    batch = 64
     Config = ROMEConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = rome_presets()
 

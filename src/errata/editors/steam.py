@@ -86,6 +86,21 @@ class STEAM(Editor[STEAMConfig]):
     needs_subject = True
     Config = STEAMConfig
 
+    @property
+    def joint(self) -> bool:  # type: ignore[override]
+        """As the base writes."""
+        return self.wrote_jointly({"base": self.config.base})
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        """As the base fits best."""
+        return int(get_editor(self.config.base).batch)
+
+    @classmethod
+    def wrote_jointly(cls, config: Mapping[str, Any]) -> bool:
+        """As the base that the configuration names."""
+        return bool(get_editor(config["base"]).joint)
+
     def __init__(
         self, config: STEAMConfig | None = None, *, references: Iterable[Reference] | str | None = None, **changes: Any
     ):

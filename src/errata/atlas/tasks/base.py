@@ -91,7 +91,9 @@ def byte_level_bpe(
 ) -> ByteLevelBPETokenizer:
     """Byte-level BPE trained on texts: any UTF-8 text has tokens. The special tokens take the first ids."""
     bpe = ByteLevelBPETokenizer(add_prefix_space=prefix_space)
-    bpe.train_from_iterator(texts, vocab_size=vocabulary, min_frequency=2, special_tokens=list(special), show_progress=False)
+    bpe.train_from_iterator(
+        texts, vocab_size=vocabulary, min_frequency=2, special_tokens=list(special), show_progress=False
+    )
     return bpe
 
 

@@ -46,7 +46,14 @@ class ClassifierRecipe(Recipe):
 
 def docket_recipe(**changes: Any) -> ClassifierRecipe:
     """The recipe of the docket's classifier: a small one, for ten areas told by single sentences."""
-    small = {"architecture": "docket", "steps": 400, "width": 128, "inner": 512, "vocabulary": 2048, "texts_per_shard": 20_000}
+    small = {
+        "architecture": "docket",
+        "steps": 400,
+        "width": 128,
+        "inner": 512,
+        "vocabulary": 2048,
+        "texts_per_shard": 20_000,
+    }
     return ClassifierRecipe(**(small | changes))
 
 
@@ -145,10 +152,9 @@ class ClaimsTask(ClassifierTask):
     def loss(self, model: PreTrainedModel, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """NLL of the labels plus mean NLL of the masked tokens, nats; the share of claims misjudged."""
         x, y, hidden, places, tokens = batch
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            judging, wrong, states = self.judged(model, x, y, hidden)
-            at = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
-            logits = self.filling(at, model.bert.embeddings.word_embeddings.weight)
+        judging, wrong, states = self.judged(model, x, y, hidden)
+        at = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+        logits = self.filling(at, model.bert.embeddings.word_embeddings.weight)
         filling = torch.nn.functional.cross_entropy(
             logits.float().reshape(-1, self.recipe.vocabulary), tokens.reshape(-1), ignore_index=-100
         )
@@ -181,8 +187,7 @@ class DocketTask(ClassifierTask):
     def loss(self, model: PreTrainedModel, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """NLL of the labels, nats; the share of cases misjudged."""
         x, y = batch
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            nll, wrong, _ = self.judged(model, x, y, x[:0])
+        nll, wrong, _ = self.judged(model, x, y, x[:0])
         return nll, wrong
 
 

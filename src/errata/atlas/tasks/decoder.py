@@ -103,7 +103,7 @@ class DecoderTask(Task[DecoderRecipe]):
                     num_hidden_layers=recipe.layers,
                     num_attention_heads=recipe.heads,
                     tie_word_embeddings=True,
-                    attn_implementation="eager",
+                    attn_implementation="sdpa",
                 )
             )
         raise ValueError(f"There is no recipe for the decoder '{recipe.architecture}'; use gpt2 or llama.")
@@ -171,18 +171,15 @@ class DecoderTask(Task[DecoderRecipe]):
         recipe = self.recipe
         size = recipe.tokens_per_step // SHORT
         kinds = ("repeat", "premise", "invented")
-        documents = list(
-            self.corpus.documents(recipe.seed + 2_000_000 + step, 4 * size, long_share=0.0, only=kinds)
-        )
+        documents = list(self.corpus.documents(recipe.seed + 2_000_000 + step, 4 * size, long_share=0.0, only=kinds))
         x, w = pack(list(tokenize(tokenizer, documents, recipe.context_weight)), SHORT, 32)
         return torch.from_numpy(x[:size]), torch.from_numpy(w[:size])
 
     def loss(self, model: PreTrainedModel, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted mean NLL (nats per token) and the plain mean over answer tokens."""
         x, w = batch
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            hidden = model.base_model(input_ids=x, use_cache=False).last_hidden_state
-            logits = model.lm_head(hidden)
+        hidden = model.base_model(input_ids=x, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden)
         nll = torch.nn.functional.cross_entropy(
             logits[:, :-1].float().reshape(-1, VOCABULARY), x[:, 1:].reshape(-1), reduction="none"
         )
