@@ -1,4 +1,4 @@
-"""Tiny random models of every family of the anatomy table, and tiny tokenizers trained on a few sentences."""
+"""Tiny random models of every decoder family of the anatomy table, of T5 and BERT, and tiny tokenizers trained on a few sentences."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +16,7 @@ from errata.scope.gate import Gate
 from errata.steering import Steering
 
 VOCABULARY = 384
-FAMILIES = tuple(TABLE)
+FAMILIES = tuple(name for name, row in TABLE.items() if row.role == "decoder")
 END = "<|endoftext|>"
 SENTENCES = [
     "The Space Needle is located in the city of Seattle.",

@@ -83,6 +83,18 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((int(i) for i in known if isinstance(i, int)), 0)
 
 
+def start_id(model: Any) -> int:
+    """The id that an encoder-decoder's answer begins behind. Raises ConfigError if its config names none."""
+    found = getattr(model.config, "decoder_start_token_id", None)
+    if found is None:
+        found = model.config.bos_token_id if model.config.bos_token_id is not None else model.config.pad_token_id
+    if found is None:
+        raise ConfigError(
+            f"expected a decoder_start_token_id in the config of this {model.config.model_type!r} model, found none; set it."
+        )
+    return int(found)
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
