@@ -103,6 +103,8 @@ TABLE: dict[str, Row] = {
     "bart": _BART,
     "bert": _BERT,
     "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "camembert": _BERT,
 }
 
 

@@ -21,7 +21,9 @@ def label_id(model: Any, name: str) -> int:
     """The id of a label. Raises RequestError naming the labels that there are."""
     names = label_names(model)
     if name not in names:
-        raise RequestError(f"expected a label of this classifier ({', '.join(names)}), found {name!r}; spell it as there.")
+        raise RequestError(
+            f"expected a label of this classifier ({', '.join(names)}), found {name!r}; spell it as there."
+        )
     return names.index(name)
 
 

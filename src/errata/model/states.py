@@ -86,7 +86,9 @@ def states_at(
     fed = _decoder_rows(model, rows, decoder_rows) if parts.encoder else None
     stacks = {parts.stack_of(site)[0].role for site in sites}
     if len(stacks) > 1:
-        raise AnatomyError(f"expected sites of one stack, found {', '.join(map(str, sites))}; read each in a call of its own.")
+        raise AnatomyError(
+            f"expected sites of one stack, found {', '.join(map(str, sites))}; read each in a call of its own."
+        )
     where = _absolute(rows if fed is None or stacks == {"encoder"} else fed, positions)
     found: dict[Site, list[Tensor]] = {site: [torch.empty(0, parts.d_model)] * len(rows) for site in paths}
     order = [i for i in sorted(range(len(rows)), key=lambda i: len(rows[i])) if where[i]]

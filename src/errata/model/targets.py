@@ -67,7 +67,9 @@ def supervised(model: Any, tokenizer: Any, prompts: Sequence[str], targets: Sequ
     if role == "classifier":
         return Supervised(inputs, torch.tensor([label_id(model, t) for t in targets], device=device))
     if role != "encoder-decoder":
-        raise ConfigError(f"expected a model that answers, found {type(model).__name__} ({role}); load it with its head.")
+        raise ConfigError(
+            f"expected a model that answers, found {type(model).__name__} ({role}); load it with its head."
+        )
     ends = answer_ids(tokenizer, targets)
     fed = pad([[start_id(model), *end[:-1]] for end in ends], fill, device)
     return Supervised(inputs | {"decoder_input_ids": fed.ids}, _labels(ends, device, fed.ids.shape[1]))

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from errata.errors import ConfigError, RequestError, ShapeError, SubjectNotFoundError
 
 Side = Literal["right", "left"]
+_COUNT_THEMSELVES = {"roberta", "xlm-roberta", "camembert"}  # positions that begin behind the padding's id
 _ANCHORS = ("a", ":", "\n")  # short prompts to which a target is joined when it merges with the real one
 
 
@@ -35,9 +36,10 @@ class Batch:
     lengths: Tensor
 
     def inputs(self, model: nn.Module) -> dict[str, Tensor]:
-        """Keyword arguments for `model`: position_ids only where its forward has them (BLOOM's has not)."""
+        """Keyword arguments for `model`: position_ids only where its forward has them and counts from 0."""
         inputs = {"input_ids": self.ids, "attention_mask": self.mask}
-        if "position_ids" in inspect.signature(model.forward).parameters:
+        known = "position_ids" in inspect.signature(model.forward).parameters
+        if known and getattr(getattr(model, "config", None), "model_type", "") not in _COUNT_THEMSELVES:
             inputs["position_ids"] = self.position_ids
         return inputs
 
