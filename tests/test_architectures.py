@@ -129,11 +129,11 @@ def test_states_of_the_decoder(family: str, closing_tokenizer: Tokenizer) -> Non
     model = tiny_other(family)
     rows = tokens.token_ids(closing_tokenizer, TEXTS)
     fed = [[0, 5, 6], [0, 7], [0], [0, 9, 9, 4]]
-    got = states_at(model, rows, [[0, -1], [1], [0], [2]], [1, "final"], decoder_rows=fed, batch_tokens=40)
+    got = states_at(model, rows, [[0, -1], [1], [0], [2]], [0, "final"], decoder_rows=fed, batch_tokens=40)
     for i, (row, answer, where) in enumerate(zip(rows, fed, [[0, -1], [1], [0], [2]], strict=True)):
         with torch.no_grad():
             out = model(torch.tensor([row]), decoder_input_ids=torch.tensor([answer]), output_hidden_states=True)
-        torch.testing.assert_close(got[1][i], out.decoder_hidden_states[2][0][where], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got[0][i], out.decoder_hidden_states[1][0][where], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(got["final"][i], out.decoder_hidden_states[-1][0][where], atol=1e-5, rtol=1e-5)
     start = states_at(model, rows, [[0]] * 4, ["final"], decoder_rows=[[0]] * 4)["final"]
     torch.testing.assert_close(last_states(model, closing_tokenizer, TEXTS), torch.cat(start))
