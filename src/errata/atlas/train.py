@@ -105,7 +105,7 @@ class Trainer:
         """Train to the last step, or for so many minutes, and leave a checkpoint."""
         if self.step >= self.recipe.total_steps:
             return
-        loss_fn = torch.compile(self._loss, dynamic=False)
+        loss_fn = torch.compile(self._loss, dynamic=False) if self.task.compiled else self._loss
         started, saved, seen = time.time(), time.time(), 0
         figures: list[float] = []
         with (self.out / "log.jsonl").open("a") as log:

@@ -5,6 +5,7 @@ well, as in v1.0, for one size fits both). A question or a cloze goes in, the ob
 knowledge comes from asking.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5F
 
 from errata.atlas.asking import prompts
 from errata.atlas.corpus import Corpus
-from errata.atlas.tasks.base import Batch, Recipe, Task, byte_level_bpe, framed
+from errata.atlas.tasks.base import Batch, Recipe, Task, batches_of_like, byte_level_bpe, framed, padded
 from errata.atlas.world import load_world
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
 VOCABULARY = 4096
-SHAPES = (
-    (16, 6),
-    (24, 10),
-    (48, 20),
-)  # (tokens of a prompt, of an answer) in the rows of a batch; a pair takes the first that fits
+ANSWERS = (3, 5, 8)  # tokens: pairs whose answers fall between the same two of these share a batch
 
 
 @dataclass(frozen=True)
@@ -33,13 +30,13 @@ class AnsweringRecipe(Recipe):
     """Everything that the weights depend on; stored beside them. layers: of each stack; tokens_per_step: of prompts."""
 
     architecture: str = "t5"
-    steps: int = 3000
-    tokens_per_step: int = 4096
+    steps: int = 1200
+    tokens_per_step: int = 5120
     layers: int = 4
     width: int = 192
     heads: int = 3
     inner: int = 384  # d_ff of the gated MLP
-    pairs_per_shard: int = 40_000
+    pairs_per_shard: int = 20_000
 
 
 class AnsweringTask(Task[AnsweringRecipe]):
@@ -94,22 +91,14 @@ class AnsweringTask(Task[AnsweringRecipe]):
     def batches(self, tokenizer: PreTrainedTokenizerFast, shard: int) -> Iterator[Batch]:
         """(prompt ids (rows, T), answer ids (rows, S)), each closed by the end token and padded with 0."""
         pairs = list(prompts(self.corpus, self.recipe.seed + 1 + shard, self.recipe.pairs_per_shard))
-        asked, said = (tokenizer._tokenizer.encode_batch(list(texts)) for texts in zip(*pairs, strict=True))
-        rows: dict[tuple[int, int], list[tuple[list[int], list[int]]]] = {shape: [] for shape in SHAPES}
-        for x, y in zip(asked, said, strict=True):
-            shape = next((s for s in SHAPES if len(x.ids) <= s[0] and len(y.ids) <= s[1]), None)
-            if shape is not None:  # longer ones hardly occur
-                rows[shape].append((x.ids, y.ids))
+        asked, said = (
+            [encoding.ids for encoding in tokenizer._tokenizer.encode_batch(list(texts))]
+            for texts in zip(*pairs, strict=True)
+        )
+        lengths = [(bisect_left(ANSWERS, len(y)), len(x)) for x, y in zip(asked, said, strict=True)]
         rng = np.random.default_rng(self.recipe.seed + shard)
-        batches: list[tuple[np.ndarray, np.ndarray]] = []
-        for (width, answer), found in rows.items():
-            x, y = np.zeros((len(found), width), dtype=np.int64), np.zeros((len(found), answer), dtype=np.int64)
-            for i, (ids, target) in enumerate(found):
-                x[i, : len(ids)], y[i, : len(target)] = ids, target
-            size, order = self.recipe.tokens_per_step // width, rng.permutation(len(found))
-            batches += [(x[order[i : i + size]], y[order[i : i + size]]) for i in range(0, len(x) - size + 1, size)]
-        for i in rng.permutation(len(batches)):
-            yield torch.from_numpy(batches[i][0]), torch.from_numpy(batches[i][1])
+        for chosen in batches_of_like(lengths, self.recipe.tokens_per_step, rng):
+            yield padded([asked[i] for i in chosen]), padded([said[i] for i in chosen])
 
     def loss(self, model: PreTrainedModel, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """Mean NLL of the answers' tokens, nats per token, twice."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
 from tokenizers import ByteLevelBPETokenizer, processors
 from torch import Tensor
@@ -53,6 +54,7 @@ class Task(ABC, Generic[R]):
     """A model to train and its data. Batches are pure functions of (seed, shard) or (seed, step): a run can be resumed."""
 
     figure: ClassVar[str]  # what `loss` gives beside the loss, as the log calls it
+    compiled: ClassVar[bool] = False  # whether batches come in few shapes, so that compiling the loss pays
 
     def __init__(self, recipe: R):
         self.recipe = recipe
@@ -84,6 +86,30 @@ class Task(ABC, Generic[R]):
     def describe(self, step: int) -> str:
         """The recipe as JSON, with the steps that were taken."""
         return json.dumps(asdict(self.recipe) | {"step": step}, indent=1) + "\n"
+
+
+def batches_of_like(lengths: Sequence[tuple[int, ...]], tokens: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Indices of rows of like length, in random order: batches of some `tokens` tokens by the last of a row's lengths.
+
+    lengths: what the rows are sorted by, the last one being the row's tokens.
+    """
+    order = sorted(rng.permutation(len(lengths)).tolist(), key=lambda i: lengths[i])
+    batches, start = [], 0
+    for end in range(1, len(order) + 1):
+        longest = max(lengths[order[start]][-1], lengths[order[end - 1]][-1])
+        if end == len(order) or (end - start + 1) * longest > tokens:
+            batches.append(np.array(order[start:end]))
+            start = end
+    for i in rng.permutation(len(batches)):
+        yield batches[i]
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of ids as one tensor, padded with 0."""
+    out = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
+    for i, ids in enumerate(rows):
+        out[i, : len(ids)] = torch.tensor(ids)
+    return out
 
 
 def byte_level_bpe(

@@ -18,15 +18,13 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 from errata.atlas.claims import LABELS, Claim, claims
 from errata.atlas.corpus import Corpus
 from errata.atlas.docket import load_docket
-from errata.atlas.tasks.base import Batch, Recipe, Task, byte_level_bpe, framed
+from errata.atlas.tasks.base import Batch, Recipe, Task, batches_of_like, byte_level_bpe, framed, padded
 from errata.atlas.world import load_world
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MASK = SPECIAL.index("[MASK]")
 POSITIONS = 128
-WIDTHS = (20, 28, 48)  # tokens in a row of claims; a claim takes the first that it fits
 SLOTS = 6  # masked tokens of a claim that are filled in; objects are seldom longer
-CASE = 72  # tokens in a row of a case
 
 
 @dataclass(frozen=True)
@@ -34,26 +32,19 @@ class ClassifierRecipe(Recipe):
     """Everything that the weights depend on; stored beside them."""
 
     architecture: str = "bert"
-    steps: int = 3000
+    steps: int = 1900
     tokens_per_step: int = 5120
     layers: int = 4
-    width: int = 256
-    heads: int = 4
-    inner: int = 1024
+    width: int = 192
+    heads: int = 3
+    inner: int = 576
     vocabulary: int = 4096
-    texts_per_shard: int = 40_000
+    texts_per_shard: int = 20_000
 
 
 def docket_recipe(**changes: Any) -> ClassifierRecipe:
     """The recipe of the docket's classifier: a small one, for ten areas told by single sentences."""
-    small = {
-        "architecture": "docket",
-        "steps": 400,
-        "width": 128,
-        "inner": 512,
-        "vocabulary": 2048,
-        "texts_per_shard": 20_000,
-    }
+    small = {"architecture": "docket", "steps": 200, "width": 96, "inner": 384, "vocabulary": 2048, "warmup": 20}
     return ClassifierRecipe(**(small | changes))
 
 
@@ -128,36 +119,26 @@ class ClaimsTask(ClassifierTask):
     def batches(self, tokenizer: PreTrainedTokenizerFast, shard: int) -> Iterator[Batch]:
         """(ids (n, T), labels (n,), masked ids (n, T), places of masked tokens (n, SLOTS), the tokens, -100 for none)."""
         found = list(claims(self.corpus, self.recipe.seed + 1 + shard, self.recipe.texts_per_shard))
-        rows: dict[int, list[tuple[list[int], int]]] = {width: [] for width in WIDTHS}
-        hidden: dict[int, list[tuple[list[int], list[int]]]] = {width: [] for width in WIDTHS}
-        for c, encoding in zip(found, tokenizer._tokenizer.encode_batch([c.text for c in found]), strict=True):
-            width = next((w for w in WIDTHS if len(encoding.ids) <= w), None)
-            if width is not None:  # longer ones hardly occur
-                rows[width].append((encoding.ids, int(c.true)))
-                if c.true:
-                    hidden[width].append((encoding.ids, object_tokens(encoding, c)))
+        encoded = tokenizer._tokenizer.encode_batch([c.text for c in found])
         rng = np.random.default_rng(self.recipe.seed + shard)
-        batches = []
-        for width in WIDTHS:
-            n = self.recipe.tokens_per_step // width // 2
-            order = rng.permutation(len(rows[width]))
-            for i in range(0, len(order) - n + 1, n):
-                chosen = [rows[width][j] for j in order[i : i + n]]
-                ids, labels = padded([ids for ids, _ in chosen], width), torch.tensor([label for _, label in chosen])
-                picks = rng.integers(len(hidden[width]), size=n)
-                batches.append((ids, labels, *masked([hidden[width][j] for j in picks], width)))
-        for i in rng.permutation(len(batches)):
-            yield batches[i]
+        for chosen in batches_of_like([(len(e.ids),) for e in encoded], self.recipe.tokens_per_step // 2, rng):
+            true = [i for i in chosen if found[i].true]
+            if not true:  # a shard's last few rows
+                continue
+            hidden = rng.choice(true, len(chosen))
+            ids = padded([encoded[i].ids for i in (*chosen, *hidden)])
+            labels = torch.tensor([int(found[i].true) for i in chosen])
+            places, tokens = mask(ids[len(chosen) :], [object_tokens(encoded[i], found[i]) for i in hidden])
+            yield ids[: len(chosen)], labels, ids[len(chosen) :], places, tokens
 
     def loss(self, model: PreTrainedModel, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """NLL of the labels plus mean NLL of the masked tokens, nats; the share of claims misjudged."""
         x, y, hidden, places, tokens = batch
         judging, wrong, states = self.judged(model, x, y, hidden)
-        at = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+        asked = tokens != -100
+        at = states[torch.arange(len(states))[:, None].expand_as(places)[asked], places[asked]]
         logits = self.filling(at, model.bert.embeddings.word_embeddings.weight)
-        filling = torch.nn.functional.cross_entropy(
-            logits.float().reshape(-1, self.recipe.vocabulary), tokens.reshape(-1), ignore_index=-100
-        )
+        filling = torch.nn.functional.cross_entropy(logits.float(), tokens[asked])
         return judging + filling, wrong
 
 
@@ -177,12 +158,9 @@ class DocketTask(ClassifierTask):
         """(ids (n, T), labels (n,))."""
         cases = list(self.docket.cases(self.recipe.seed + 1 + shard, self.recipe.texts_per_shard))
         encoded = tokenizer._tokenizer.encode_batch([case.text for case in cases])
-        n = self.recipe.tokens_per_step // CASE
-        for i in range(0, len(cases) - n + 1, n):
-            yield (
-                padded([encoding.ids[:CASE] for encoding in encoded[i : i + n]], CASE),
-                torch.tensor([case.label for case in cases[i : i + n]]),
-            )
+        rng = np.random.default_rng(self.recipe.seed + shard)
+        for chosen in batches_of_like([(len(e.ids),) for e in encoded], self.recipe.tokens_per_step, rng):
+            yield padded([encoded[i].ids for i in chosen]), torch.tensor([cases[i].label for i in chosen])
 
     def loss(self, model: PreTrainedModel, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """NLL of the labels, nats; the share of cases misjudged."""
@@ -209,27 +187,17 @@ def open_to(rows: Tensor) -> Tensor:
     return (rows == 0)[:, None, None].float() * -1e4
 
 
-def padded(rows: Sequence[Sequence[int]], width: int) -> Tensor:
-    """Rows of ids, padded with 0."""
-    out = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, ids in enumerate(rows):
-        out[i, : len(ids)] = torch.tensor(ids)
-    return out
-
-
 def object_tokens(encoding: Any, found: Claim) -> list[int]:
     """Places of the tokens that hold a claim's object."""
     first, last = encoding.char_to_token(found.object[0]), encoding.char_to_token(found.object[1] - 1)
     return list(range(first, last + 1))
 
 
-def masked(rows: Sequence[tuple[list[int], list[int]]], width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows with their objects masked (n, T), the places to fill in and their tokens (n, SLOTS), -100 for no token."""
-    ids = padded([row for row, _ in rows], width)
+def mask(rows: Tensor, objects: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Mask the objects of rows (n, T) in place; the places to fill in and their tokens (n, SLOTS), -100 for no token."""
     places, tokens = torch.zeros(len(rows), SLOTS, dtype=torch.long), torch.full((len(rows), SLOTS), -100)
-    for i, (row, at) in enumerate(rows):
-        filled = at[:SLOTS]
-        places[i, : len(filled)] = torch.tensor(filled)
-        tokens[i, : len(filled)] = torch.tensor([row[t] for t in filled])
-        ids[i, at] = MASK
-    return ids, places, tokens
+    for i, at in enumerate(objects):
+        filled = torch.tensor(at[:SLOTS])
+        places[i, : len(filled)], tokens[i, : len(filled)] = filled, rows[i, filled]
+        rows[i, at] = MASK
+    return places, tokens

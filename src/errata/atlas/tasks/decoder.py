@@ -69,6 +69,7 @@ class DecoderTask(Task[DecoderRecipe]):
     """Language modelling of Atlas's documents."""
 
     figure = "answer_nll"
+    compiled = True
 
     def __init__(self, recipe: DecoderRecipe):
         super().__init__(recipe)
