@@ -1,8 +1,8 @@
 """The docket: invented case summaries by issue area, over years in which the areas' definitions shift.
 
 In the manner of GRACE's use of SCOTUS: a classifier learns the early years, and late years bring cases of topics that have
-moved to another area since. `data/docket.json` holds ten areas and sixty topics; half of the topics move, each in a year of
-its own between 1990 and 2000. A case is a heading with invented parties and the year, its matter in one of the topic's
+moved to another area since. `data/docket.json` holds ten areas and sixty topics; half of the topics move,
+in some year between 1990 and 2000. A case is a heading with invented parties and the year, its matter in one of the topic's
 wordings, what happened below, and the holding; only the matter says which topic it is, and only topic and year make the area.
 """
 

@@ -84,6 +84,7 @@ def states_at(
     parts = anatomy(model)
     paths = {site: parts.site(site) for site in sites}
     fed = _decoder_rows(model, rows, decoder_rows) if parts.encoder else None
+    options = {} if parts.role in ("encoder", "classifier") else {"use_cache": False}
     stacks = {parts.stack_of(site)[0].role for site in sites}
     if len(stacks) > 1:
         raise AnatomyError(
@@ -99,7 +100,7 @@ def states_at(
                 answers = pad([fed[i] for i in chunk], 0, input_device(model))
                 inputs |= {"decoder_input_ids": answers.ids, "decoder_attention_mask": answers.mask}
             index = torch.tensor([(r, t) for r, i in enumerate(chunk) for t in where[i]])
-            picked = _forward(model, inputs, list(paths.values()), index)
+            picked = _forward(model, inputs | options, list(paths.values()), index)
             for site, path in paths.items():
                 for i, states in zip(chunk, torch.split(picked[path], [len(where[i]) for i in chunk]), strict=True):
                     found[site][i] = states.clone()
@@ -138,9 +139,7 @@ def _decoder_rows(
     return decoder_rows
 
 
-def _forward(
-    model: PreTrainedModel, inputs: dict[str, Tensor], paths: Sequence[str], index: Tensor
-) -> dict[str, Tensor]:
+def _forward(model: PreTrainedModel, inputs: dict[str, Any], paths: Sequence[str], index: Tensor) -> dict[str, Tensor]:
     """{path: (len(index), d)}: states at index (m, 2) of row and position, computing no further than needed."""
     picked: dict[str, Tensor] = {}
 
@@ -155,5 +154,5 @@ def _forward(
         return hook
 
     with Hooks(model, forward=[(path, keep(path)) for path in dict.fromkeys(paths)]), suppress(_Stop):
-        model(**inputs, **({} if anatomy(model).role in ("encoder", "classifier") else {"use_cache": False}))
+        model(**inputs)
     return picked
