@@ -20,7 +20,7 @@ TESTS_OLDEST        := tests/test_anatomy.py tests/test_hooks.py tests/test_toke
 .PHONY: help install demo test slow check format bench atlas test-oldest clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 install: $(STAMP)  ## make the virtual environment (the other targets do it too)
 
@@ -58,6 +58,10 @@ atlas: $(STAMP)  ## train Atlas from scratch (hours; resumable) and write its we
 	@$(BIN)/python -m errata.atlas.train --out runs/atlas
 	@$(BIN)/python -m errata.atlas.train --out runs/atlas --export $(WEIGHTS)
 	@$(BIN)/errata calibrate --model $(WEIGHTS) --false-positive-rate 0.005 --out $(WEIGHTS)/errata-scope.safetensors
+
+atlas-%: $(STAMP)  ## train atlas-llama, atlas-t5, atlas-bert or atlas-docket (resumable) and write its weights into the package
+	@$(BIN)/python -m errata.atlas.train --architecture $* --out runs/$@
+	@$(BIN)/python -m errata.atlas.train --architecture $* --out runs/$@ --export src/errata/atlas/weights/$@
 
 $(OLDEST)/.installed: pyproject.toml
 	@echo "Setting up $(OLDEST) ..."

@@ -7,7 +7,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from errata.maths.transport import gaussian_transport
 from errata.model.anatomy import TABLE
@@ -16,7 +23,7 @@ from errata.scope.gate import Gate
 from errata.steering import Steering
 
 VOCABULARY = 384
-FAMILIES = tuple(TABLE)
+FAMILIES = tuple(name for name, row in TABLE.items() if row.role == "decoder")
 END = "<|endoftext|>"
 SENTENCES = [
     "The Space Needle is located in the city of Seattle.",
@@ -74,6 +81,35 @@ def tiny_model(family: str, layers: int = 2, **changes: Any) -> PreTrainedModel:
     return model.eval()
 
 
+LABELS = ("REFUTES", "SUPPORTS", "NEITHER")
+_CLASSES = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
+_OTHERS: dict[str, dict[str, Any]] = {
+    "t5": {
+        "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,
+        "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0,
+    },
+    "bart": {
+        "d_model": 32, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 128, "init_std": 0.2,
+        "bos_token_id": 0, "decoder_start_token_id": 0, "forced_eos_token_id": None,
+    },
+    "bert": _CLASSES,
+    "roberta": _CLASSES,
+}  # fmt: skip
+ANSWERERS, CLASSIFIERS = ("t5", "bart"), ("bert", "roberta")
+
+
+def tiny_other(family: str, **changes: Any) -> PreTrainedModel:
+    """A random encoder-decoder of 3 and 2 layers, or a classifier of two layers and three labels; width 32, in eval mode."""
+    common = _COMMON if family in CLASSIFIERS else {"vocab_size": VOCABULARY, "eos_token_id": 0, "pad_token_id": 0}
+    config = AutoConfig.for_model(family, **{**common, **_OTHERS[family], **changes})
+    auto = AutoModelForSequenceClassification if family in CLASSIFIERS else AutoModelForSeq2SeqLM
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: PreTrainedModel = auto.from_config(config)
+    return model.eval()
+
+
 @pytest.fixture
 def tiny() -> Callable[..., PreTrainedModel]:
     """`tiny(family, layers=2, **config)`: a tiny random model, freshly built."""
@@ -119,6 +155,15 @@ def tokenizer(_bpe: str) -> PreTrainedTokenizerFast:
     """Byte-level BPE with end-of-text and pad token, as GPT-2's with pad = eos; adds no special tokens."""
     backend = Tokenizer.from_str(_bpe)
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END, eos_token=END, pad_token=END)
+
+
+@pytest.fixture
+def closing_tokenizer(_bpe: str) -> PreTrainedTokenizerFast:
+    """The same, with a space before and an end token behind every text, as T5's and BERT's have one."""
+    backend = Tokenizer.from_str(_bpe)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END)
 
 
 @pytest.fixture

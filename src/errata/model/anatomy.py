@@ -2,10 +2,13 @@
 
 A path is what `nn.Module.get_submodule` takes. Rows hold paths relative to the model's body (`GPT2Model`,
 `LlamaModel`); the body is found inside whatever was given: itself, a model with a head, a classifier, or a wrapper.
+
+An encoder-decoder has two stacks. Its anatomy is that of the decoder, which the head reads, and `encoder` holds the other's;
+sites of either may be named in full: "encoder.3", "encoder.final", "decoder.0".
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -18,12 +21,15 @@ from transformers.pytorch_utils import Conv1D
 from errata.errors import AnatomyError
 
 Role = Literal["decoder", "encoder-decoder", "encoder", "classifier"]
-Site = int | str  # a layer, or "final"
+Site = int | str  # a layer, or "final"; "encoder.3" or "decoder.final" where there are two stacks
 
 
 @dataclass(frozen=True)
 class Row:
-    """One family of the table: paths relative to the body; those below `blocks` are relative to a block."""
+    """One family of the table: paths relative to the body; those below `blocks` are relative to a block.
+
+    Where releases of a family differ, the names to be tried in turn are separated by "|".
+    """
 
     embed: str
     blocks: str
@@ -34,10 +40,49 @@ class Row:
     mlp_gate: str | None = None
     mlp_out_transposed: bool = False
     role: Role = "decoder"
+    cross_attention: str | None = None
+    encoder: "Row | None" = None
 
 
 _LLAMA = Row("embed_tokens", "layers", "self_attn", "mlp.up_proj", "mlp.down_proj", "norm", mlp_gate="mlp.gate_proj")
 _GPTJ = Row("wte", "h", "attn", "mlp.fc_in", "mlp.fc_out", "ln_f")
+_BERT = Row(
+    "embeddings.word_embeddings",
+    "encoder.layer",
+    "attention",
+    "intermediate.dense",
+    "output.dense",
+    "",  # the norm stands inside each block
+    role="encoder",
+)
+
+
+def _t5(stack: str, ff: str) -> Row:
+    """One stack of T5; `ff` is the number of the MLP within a block. Gated in v1.1 (wi_0 is the gate), not in v1.0 (wi)."""
+    mlp = f"layer.{ff}.DenseReluDense"
+    return Row(
+        embed="shared",
+        blocks=f"{stack}.block",
+        attention="layer.0.SelfAttention",
+        mlp_in=f"{mlp}.wi_1|{mlp}.wi",
+        mlp_out=f"{mlp}.wo",
+        final_norm=f"{stack}.final_layer_norm",
+        mlp_gate=f"{mlp}.wi_0",
+        role="encoder",
+    )
+
+
+_T5 = replace(
+    _t5("decoder", "2"), role="encoder-decoder", cross_attention="layer.1.EncDecAttention", encoder=_t5("encoder", "1")
+)
+_BART_ENCODER = Row("shared", "encoder.layers", "self_attn", "fc1", "fc2", "", role="encoder")
+_BART = replace(
+    _BART_ENCODER,
+    blocks="decoder.layers",
+    role="encoder-decoder",
+    cross_attention="encoder_attn",
+    encoder=_BART_ENCODER,
+)
 
 TABLE: dict[str, Row] = {
     "gpt2": Row("wte", "h", "attn", "mlp.c_fc", "mlp.c_proj", "ln_f", mlp_out_transposed=True),
@@ -53,6 +98,13 @@ TABLE: dict[str, Row] = {
     "gemma2": _LLAMA,
     "phi": Row("embed_tokens", "layers", "self_attn", "mlp.fc1", "mlp.fc2", "final_layernorm"),
     "phi3": Row("embed_tokens", "layers", "self_attn", "mlp.gate_up_proj", "mlp.down_proj", "norm"),
+    "t5": _T5,
+    "mt5": _T5,
+    "bart": _BART,
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "camembert": _BERT,
 }
 
 
@@ -64,7 +116,9 @@ class Anatomy:
     that the model lacks (a gate in GPT-2, an MLP in a mixture of experts) is an empty tuple. `mlp_in` is the
     up-projection, the gate of a gated MLP is `mlp_gate`, unless the two are stored as one (Phi-3's `gate_up_proj`).
     `mlp_out_transposed`: the weight of `mlp_out` is stored (d_in, d_out), as by GPT-2's Conv1D, not (d_out, d_in).
-    `final_norm` is None for the few models without (OPT-350m); `head` is None for a bare body.
+    `final_norm` is None for models without (OPT-350m; BERT, whose blocks end in one); `head` is None for a bare body, and the
+    classification head of a classifier.
+    `encoder` is the encoder's anatomy where this is the decoder of an encoder-decoder; `cross_attention` holds its paths.
     """
 
     family: str
@@ -80,27 +134,46 @@ class Anatomy:
     final_norm: str | None
     head: str | None
     mlp_out_transposed: bool
+    cross_attention: tuple[str, ...] = ()
+    encoder: "Anatomy | None" = None
 
     def module(self, model: nn.Module, path: str) -> nn.Module:
         """The module at `path` of `model`. Raises AnatomyError if there is none."""
         return submodule(model, path)
 
+    def stack_of(self, site: Site) -> tuple["Anatomy", Site]:
+        """The stack that a site belongs to, and the site within it: "encoder.3" is (the encoder, 3).
+
+        Sites without a stack's name are this anatomy's own. Raises AnatomyError for a stack that the model lacks.
+        """
+        name, dot, rest = site.partition(".") if isinstance(site, str) else ("", "", "")
+        if not dot:
+            return self, site
+        stacks = {"encoder": self.encoder, "decoder": self} if self.encoder else {}
+        stack = stacks.get(name)
+        if stack is None:
+            have = "the stacks encoder and decoder" if stacks else "one stack; name its layers by number"
+            raise AnatomyError(f"found the site {site!r}, but this {self.family!r} model has {have}.")
+        return stack, int(rest) if rest.removeprefix("-").isdecimal() else rest
+
     def site(self, layer: Site) -> str:
         """Path of block `layer` (negative: from the end), or of the final norm for "final".
 
-        "final" is what the head reads; in a model without a final norm it is the last block.
-        Raises AnatomyError naming the valid range.
+        "final" is what the head reads; in a model without a final norm it is the last block. Of an encoder-decoder's
+        encoder: "encoder.0", "encoder.final". Raises AnatomyError naming the valid range.
         """
+        stack, layer = self.stack_of(layer)
         if layer == "final":
-            return self.final_norm or self.blocks[-1]
-        return self._of_layer(self.blocks, layer, "block")
+            return stack.final_norm or stack.blocks[-1]
+        return stack._of_layer(stack.blocks, layer, "block")
 
-    def mlp_site(self, layer: int) -> str:
-        """Path of the MLP's output projection of `layer` (negative: from the end).
+    def mlp_site(self, layer: Site) -> str:
+        """Path of the MLP's output projection of `layer` (negative: from the end; "encoder.0" of an encoder).
 
         Raises AnatomyError outside the valid range, or when the model has no such module.
         """
-        return self._of_layer(self.mlp_out, layer, "MLP output projection")
+        stack, layer = self.stack_of(layer)
+        return stack._of_layer(stack.mlp_out, layer, "MLP output projection")
 
     def _of_layer(self, paths: tuple[str, ...], layer: object, part: str) -> str:
         if not paths:
@@ -109,7 +182,7 @@ class Anatomy:
             final = ' or "final"' if part == "block" else ""
             raise AnatomyError(
                 f"expected a layer from {-len(paths)} to {len(paths) - 1}{final} for the {part} of this "
-                f"{self.family!r} model, found {layer!r}."
+                f"{self.family!r} model{' (of a stack)' if self.encoder else ''}, found {layer!r}."
             )
         return paths[layer]
 
@@ -190,18 +263,20 @@ def _from_row(model: nn.Module, row: Row) -> Anatomy | None:
     return None
 
 
-def _assemble(model: nn.Module, row: Row, prefix: str) -> Anatomy:
+def _assemble(model: nn.Module, row: Row, prefix: str, headless: bool = False) -> Anatomy:
     stack = prefix + row.blocks
     n_layers = len(list(model.get_submodule(stack).children()))
     blocks = tuple(f"{stack}.{i}" for i in range(n_layers))
 
-    def each(part: str | None) -> tuple[str, ...]:
-        return tuple(f"{block}.{part}" for block in blocks) if part and _has(model, f"{blocks[0]}.{part}") else ()
+    def each(names: str | None) -> tuple[str, ...]:
+        part = next((p for p in (names or "").split("|") if p and _has(model, f"{blocks[0]}.{p}")), None)
+        return tuple(f"{block}.{part}" for block in blocks) if part else ()
 
     norm = prefix + row.final_norm
+    encoder = _assemble(model, row.encoder, prefix, headless=True) if row.encoder else None
     return Anatomy(
         family=_family(model),
-        role=_role(model, row.role),
+        role=row.role if headless else _role(model, row.role),
         n_layers=n_layers,
         d_model=_width(model, prefix + row.embed),
         embed=prefix + row.embed,
@@ -211,8 +286,10 @@ def _assemble(model: nn.Module, row: Row, prefix: str) -> Anatomy:
         mlp_gate=each(row.mlp_gate),
         mlp_out=each(row.mlp_out),
         final_norm=norm if row.final_norm and _has(model, norm) else None,
-        head=_head(model),
+        head=None if headless else _head(model),
         mlp_out_transposed=row.mlp_out_transposed,
+        cross_attention=each(row.cross_attention),
+        encoder=encoder,
     )
 
 

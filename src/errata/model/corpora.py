@@ -1,6 +1,7 @@
 """Texts for statistics: text files, a data set of the `datasets` package, or any iterable of strings."""
 
 import hashlib
+import json
 import os
 import random
 import re
@@ -79,9 +80,11 @@ def named_texts(names: Sequence[str], revision: str | None = None) -> Texts:
 
 def own_texts(model: Any) -> Texts | None:
     """The corpus that a model was trained on, where this package holds it: Atlas's (its directory has a recipe); else None."""
-    if not (Path(str(getattr(model.config, "_name_or_path", ""))) / "recipe.json").is_file():
+    recipe = Path(str(getattr(model.config, "_name_or_path", ""))) / "recipe.json"
+    if not recipe.is_file():
         return None
-    texts: Texts = import_module("errata.atlas.texts").atlas_texts()
+    architecture = json.loads(recipe.read_text(encoding="utf-8")).get("architecture", "gpt2")
+    texts: Texts = import_module("errata.atlas.texts").atlas_texts(architecture=architecture)
     return texts
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from errata.errors import BaseMismatchError
 from errata.model.anatomy import Anatomy, anatomy
+from errata.model.labels import label_names
 from errata.model.tokens import token_ids
 
 # What float16 cannot hold as finely as bfloat16 counts as zero. The limit lies in [2^-17, 2^-16), where both formats
@@ -27,9 +28,10 @@ def base_of(
 ) -> dict[str, Any]:
     """What identifies the model and the tokenizer, JSON-ready.
 
-    `family`, `d_model`, `n_layers`, `vocab_size`, `quantised`; `tokenizer`, see `tokenizer_hash`; `weights`, a mapping
-    from parameter name to `tensor_hash`, for the final norm, the embedding, the MLP output projections of the first,
-    middle and last layer, and `parameters`, names of further ones (those a patch touches). Quantised models have none.
+    `family`, `d_model`, `n_layers`, `vocab_size`, `quantised`; `encoder_layers` of an encoder-decoder, `labels` of a
+    classifier; `tokenizer`, see `tokenizer_hash`; `weights`, a mapping from parameter name to `tensor_hash`, for the final
+    norm, the embedding, a classifier's head, the MLP output projections of the first, middle and last layer (of each stack),
+    and `parameters`, names of further ones (those a patch touches). Quantised models have none.
     """
     parts = anatomy(model)
     quantised = _quantised(model)
@@ -109,13 +111,20 @@ def _model_table(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def _config(model: PreTrainedModel, parts: Anatomy) -> dict[str, Any]:
     vocabulary = int(model.config.get_text_config().vocab_size)
-    return {"family": parts.family, "d_model": parts.d_model, "n_layers": parts.n_layers, "vocab_size": vocabulary}
+    found = {"family": parts.family, "d_model": parts.d_model, "n_layers": parts.n_layers, "vocab_size": vocabulary}
+    if parts.encoder:
+        found["encoder_layers"] = parts.encoder.n_layers
+    if parts.role == "classifier":
+        found["labels"] = label_names(model)
+    return found
 
 
 def _landmarks(model: PreTrainedModel, parts: Anatomy) -> list[str]:
-    layers = sorted({0, parts.n_layers // 2, parts.n_layers - 1})
-    paths = [parts.final_norm, parts.embed, *(parts.mlp_out[i] for i in layers if parts.mlp_out)]
-    return [f"{path}.weight" for path in paths if path is not None]
+    paths = [parts.head] if parts.role == "classifier" else []
+    for stack in (parts, parts.encoder) if parts.encoder else (parts,):
+        layers = sorted({0, stack.n_layers // 2, stack.n_layers - 1})
+        paths += [stack.final_norm, stack.embed, *(stack.mlp_out[i] for i in layers if stack.mlp_out)]
+    return [f"{path}.weight" for path in dict.fromkeys(paths) if path is not None]
 
 
 def _weights(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Tensor]:

@@ -1,4 +1,8 @@
-"""Greedy answers: what a model says next, cut at the end of the answer."""
+"""Greedy answers: what a model says next, cut at the end of the answer; of a classifier, the name of its label.
+
+A decoder goes on from the prompt, an encoder-decoder answers it, a classifier judges it: in all three a text comes back that
+can be compared with what was expected.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.model.anatomy import anatomy
 from errata.model.attached import asked, by_row
+from errata.model.labels import predicted_labels
 from errata.model.room import check_room
 from errata.model.states import input_device
 from errata.model.tokens import pad, pad_id, token_ids
@@ -53,13 +59,18 @@ def says(text: str, expected: str) -> bool:
 def greedy(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 16, batch: int = 64) -> list[str]:
     """The raw greedy continuation of each prompt (special tokens removed), through `model.generate`, left-padded.
 
-    Attached contexts are put before them. Prompts of like length share a batch; where rows have patches of their own, they are
-    asked at once, in the order given. Model and tokenizer are left as found. Raises RequestError, before anything is
+    Of an encoder-decoder the answer, with a leading space if it begins a word; of a classifier the label's name.
+    Attached contexts are put before prompts. Prompts of like length share a batch; where rows have patches of their own, they
+    are asked at once, in the order given. Model and tokenizer are left as found. Raises RequestError, before anything is
     asked, for a prompt that with its answer is longer than the model's positions.
     """
     prompts = asked(model, prompts)
+    role = anatomy(model).role
+    if role == "classifier":
+        return predicted_labels(model, tokenizer, prompts, batch)
+    answers = role == "encoder-decoder"
     ids = token_ids(tokenizer, prompts)
-    check_room(model, ids, prompts, new=max_new_tokens)
+    check_room(model, ids, prompts, new=0 if answers else max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     if by_row(model):
         order, batch = list(range(len(prompts))), max(1, len(prompts))
@@ -67,7 +78,7 @@ def greedy(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: i
     device = next(model.parameters()).device
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        rows = pad([ids[i] for i in chosen], pad_id(tokenizer), device, side="left")
+        rows = pad([ids[i] for i in chosen], pad_id(tokenizer), device, side="right" if answers else "left")
         with torch.no_grad():
             out = model.generate(
                 input_ids=rows.ids,
@@ -77,7 +88,7 @@ def greedy(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: i
                 num_beams=1,
                 pad_token_id=pad_id(tokenizer),
             )
-        for i, row in zip(chosen, out[:, rows.ids.shape[1] :], strict=True):
+        for i, row in zip(chosen, out[:, 1 if answers else rows.ids.shape[1] :], strict=True):
             texts[i] = tokenizer.decode(row, skip_special_tokens=True)
     return texts
 

@@ -11,7 +11,16 @@ from typing import Any
 
 import huggingface_hub.constants
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from errata.errors import ConfigError, UnknownModelError
 
@@ -32,9 +41,10 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model called `name` in eval mode, and its tokenizer.
+    """The model called `name` in eval mode with its head, and its tokenizer.
 
-    name: a bundled model ("atlas"), else a local directory, else a hub id. dtype: a torch dtype or its name
+    A language model, an encoder-decoder, a classifier or a masked language model, as its config says.
+    name: a bundled model ("atlas", "atlas-t5"), else a local directory, else a hub id. dtype: a torch dtype or its name
     ("bfloat16"), "auto" for what is stored; None is float32 on CPU, "auto" with a device map. device_map, revision and
     trust_remote_code are passed through.
     Raises UnknownModelError naming near matches and what was tried; ConfigError for a dtype that is none, or a device
@@ -45,7 +55,8 @@ def load(
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, device_map=device_map, **options)
+        head = _head(AutoConfig.from_pretrained(source, **options))
+        model = head.from_pretrained(source, dtype=wanted, device_map=device_map, **options)
     except ImportError as error:
         if "accelerate" not in str(error):
             raise
@@ -58,6 +69,16 @@ def load(
         raise UnknownModelError(_unknown(os.fspath(name), tried, error)) from error
     model.train(False)
     return model, tokenizer
+
+
+def _head(config: Any) -> Any:
+    """The auto class that loads the model with the head that its config names; a causal language model if it names none."""
+    architecture = next(iter(getattr(config, "architectures", None) or ()), "")
+    if architecture.endswith("ForSequenceClassification"):
+        return AutoModelForSequenceClassification
+    if getattr(config, "is_encoder_decoder", False):
+        return AutoModelForSeq2SeqLM
+    return AutoModelForMaskedLM if architecture.endswith("ForMaskedLM") else AutoModelForCausalLM
 
 
 def _dtype(dtype: str | torch.dtype | None, device_map: Any) -> str | torch.dtype:
@@ -106,5 +127,5 @@ def _unknown(name: str, tried: str, error: Exception) -> str:
     reason = "" if "cache" in tried else f" ({' '.join(str(error).split())[:300].rstrip('.')})"
     return (
         f"expected a bundled model ({', '.join(names) or 'none in this installation'}), a local directory or a hub id, "
-        f"found {name!r}, which {tried} does not give as a causal language model with its tokenizer{reason}{hint}"
+        f"found {name!r}, which {tried} does not give as a language model or classifier with its tokenizer{reason}{hint}"
     )

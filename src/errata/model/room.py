@@ -9,8 +9,10 @@ _SHOWN = 60  # characters of a prompt in a message
 
 
 def room(model: Any) -> int | None:
-    """The tokens that one row may have by the model's config; None where the config sets no bound (ALiBi, dynamic RoPE)."""
+    """The tokens that one row may have by the model's config; None where it sets no bound (ALiBi, dynamic RoPE, T5)."""
     config = model.config.get_text_config()
+    if getattr(config, "relative_attention_num_buckets", None):
+        return None  # T5's n_positions is the length that it was trained on
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if "dynamic" in (rope.get("rope_type"), rope.get("type")):
         return None

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from errata.errors import ShapeError
+from errata.errors import AnatomyError, ShapeError
 from errata.model.anatomy import Site, anatomy
 from errata.model.hooks import ForwardHook, Hooks, first_tensor
 from errata.model.room import check_room
-from errata.model.tokens import Batch, pad, token_ids
+from errata.model.tokens import pad, start_id, token_ids
 
 CPU_TOKENS = 1024  # padded tokens a pass runs: activations that stay in a core's cache
 OTHER_TOKENS = 8192
@@ -49,7 +49,9 @@ def last_states(
 ) -> Tensor:
     """(n, d) float32 on CPU: the state of each text's last token at `site`, activation units.
 
-    site: a layer (its block's output) or "final" (after the final norm). The tokenizer adds its special tokens.
+    site: a layer (its block's output) or "final" (after the final norm). The tokenizer adds its special tokens. Of an
+    encoder-decoder these are the states that the answer's first token is read from; "encoder.final" and its like are at the
+    prompt's last token.
     Raises RequestError for a text without tokens, AnatomyError for a bad site.
     """
     rows = token_ids(tokenizer, texts)
@@ -65,27 +67,40 @@ def states_at(
     sites: Sequence[Site],
     *,
     batch_tokens: int | None = None,
+    decoder_rows: Sequence[Sequence[int]] | None = None,
 ) -> dict[Site, list[Tensor]]:
     """States of tokenised texts: for each site one (len(positions[i]), d) float32 CPU tensor per row, in input order.
 
     rows: token ids, of different lengths; positions: token indices per row, negative ones count from the row's end;
+    decoder_rows: of an encoder-decoder, what its decoder is fed, by default its start token alone. Positions then are in the
+    decoder's rows, unless the sites are the encoder's ("encoder.2"); one call reads one stack.
     batch_tokens: padded tokens per forward pass, by default what suits the device. Attached patches act. The forward pass
     stops after the last module needed, and leaves no hook; weights, modes, gradients and random state stay as they are.
-    Raises ShapeError if a position lies outside its row, AnatomyError for a bad site, RequestError for a row that is
-    longer than the model's positions.
+    Raises ShapeError if a position lies outside its row, AnatomyError for a bad site or for sites of both stacks,
+    RequestError for a row that is longer than the model's positions.
     """
     check_room(model, rows)
     batch_tokens = batch_tokens or (CPU_TOKENS if input_device(model).type == "cpu" else OTHER_TOKENS)
-    where = _absolute(rows, positions)
     parts = anatomy(model)
     paths = {site: parts.site(site) for site in sites}
+    fed = _decoder_rows(model, rows, decoder_rows) if parts.encoder else None
+    options = {} if parts.role in ("encoder", "classifier") else {"use_cache": False}
+    stacks = {parts.stack_of(site)[0].role for site in sites}
+    if len(stacks) > 1:
+        raise AnatomyError(
+            f"expected sites of one stack, found {', '.join(map(str, sites))}; read each in a call of its own."
+        )
+    where = _absolute(rows if fed is None or stacks == {"encoder"} else fed, positions)
     found: dict[Site, list[Tensor]] = {site: [torch.empty(0, parts.d_model)] * len(rows) for site in paths}
     order = [i for i in sorted(range(len(rows)), key=lambda i: len(rows[i])) if where[i]]
     with torch.no_grad(), evaluating(model):
         for chunk in _chunks(order, [len(row) for row in rows], batch_tokens):
-            batch = pad([rows[i] for i in chunk], 0, input_device(model))
+            inputs = pad([rows[i] for i in chunk], 0, input_device(model)).inputs(model)
+            if fed is not None:
+                answers = pad([fed[i] for i in chunk], 0, input_device(model))
+                inputs |= {"decoder_input_ids": answers.ids, "decoder_attention_mask": answers.mask}
             index = torch.tensor([(r, t) for r, i in enumerate(chunk) for t in where[i]])
-            picked = _forward(model, batch, list(paths.values()), index)
+            picked = _forward(model, inputs | options, list(paths.values()), index)
             for site, path in paths.items():
                 for i, states in zip(chunk, torch.split(picked[path], [len(where[i]) for i in chunk]), strict=True):
                     found[site][i] = states.clone()
@@ -114,7 +129,17 @@ def _chunks(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> 
         yield chunk
 
 
-def _forward(model: PreTrainedModel, batch: Batch, paths: Sequence[str], index: Tensor) -> dict[str, Tensor]:
+def _decoder_rows(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], decoder_rows: Sequence[Sequence[int]] | None
+) -> Sequence[Sequence[int]]:
+    if decoder_rows is None:
+        return [[start_id(model)]] * len(rows)
+    if len(decoder_rows) != len(rows):
+        raise ShapeError(f"expected one decoder row per row, found {len(decoder_rows)} for {len(rows)} rows.")
+    return decoder_rows
+
+
+def _forward(model: PreTrainedModel, inputs: dict[str, Any], paths: Sequence[str], index: Tensor) -> dict[str, Tensor]:
     """{path: (len(index), d)}: states at index (m, 2) of row and position, computing no further than needed."""
     picked: dict[str, Tensor] = {}
 
@@ -129,5 +154,5 @@ def _forward(model: PreTrainedModel, batch: Batch, paths: Sequence[str], index: 
         return hook
 
     with Hooks(model, forward=[(path, keep(path)) for path in dict.fromkeys(paths)]), suppress(_Stop):
-        model(**batch.inputs(model), use_cache=False)
+        model(**inputs)
     return picked

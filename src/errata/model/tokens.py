@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from errata.errors import ConfigError, RequestError, ShapeError, SubjectNotFoundError
 
 Side = Literal["right", "left"]
+_COUNT_THEMSELVES = {"roberta", "xlm-roberta", "camembert"}  # positions that begin behind the padding's id
 _ANCHORS = ("a", ":", "\n")  # short prompts to which a target is joined when it merges with the real one
 
 
@@ -35,9 +36,10 @@ class Batch:
     lengths: Tensor
 
     def inputs(self, model: nn.Module) -> dict[str, Tensor]:
-        """Keyword arguments for `model`: position_ids only where its forward has them (BLOOM's has not)."""
+        """Keyword arguments for `model`: position_ids only where its forward has them and counts from 0."""
         inputs = {"input_ids": self.ids, "attention_mask": self.mask}
-        if "position_ids" in inspect.signature(model.forward).parameters:
+        known = "position_ids" in inspect.signature(model.forward).parameters
+        if known and getattr(getattr(model, "config", None), "model_type", "") not in _COUNT_THEMSELVES:
             inputs["position_ids"] = self.position_ids
         return inputs
 
@@ -81,6 +83,18 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """An id to pad with: the pad token's, else the end-of-text token's, else 0 (the mask hides it)."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(i) for i in known if isinstance(i, int)), 0)
+
+
+def start_id(model: Any) -> int:
+    """The id that an encoder-decoder's answer begins behind. Raises ConfigError if its config names none."""
+    found = getattr(model.config, "decoder_start_token_id", None)
+    if found is None:
+        found = model.config.bos_token_id if model.config.bos_token_id is not None else model.config.pad_token_id
+    if found is None:
+        raise ConfigError(
+            f"expected a decoder_start_token_id in the config of this {model.config.model_type!r} model, found none; set it."
+        )
+    return int(found)
 
 
 def encode(
