@@ -19,12 +19,16 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from errata.codebook import CodebookEntry, Routed
+from errata.dense import Dense
+from errata.dense_table import DenseTable
 from errata.edit import EditRequest
 from errata.errors import PatchFormatError, RequestError, UnsupportedPatchError
 from errata.files import write_atomically
 from errata.low_rank import LowRank
 from errata.low_rank_table import MERGED, STEERED, LowRankTable, refuse_present
 from errata.model.fingerprint import check_base
+from errata.output_table import OutputPart, OutputTable
 from errata.scope.gate import Gate
 from errata.steering import Decision, Steering
 from errata.steering_table import SteeringTable
@@ -32,8 +36,8 @@ from errata.steering_table import SteeringTable
 FORMAT_VERSION = 1
 # Readers of older files: MIGRATIONS[v] turns a header of version v into one of v + 1. Append only.
 MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = ()
-Part = Steering | LowRank
-KINDS: dict[str, type[Steering] | type[LowRank]] = {Steering.kind: Steering, LowRank.kind: LowRank}
+Part = Steering | LowRank | CodebookEntry | Routed | Dense
+KINDS: dict[str, Any] = {part.kind: part for part in (Steering, LowRank, CodebookEntry, Routed, Dense)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +75,16 @@ class Patch:
         return tuple(part for part in self.parts if isinstance(part, LowRank))
 
     @property
+    def outputs(self) -> tuple[OutputPart, ...]:
+        """The parts that replace a linear map's output, codebook entries and routed adapters, in order."""
+        return tuple(part for part in self.parts if isinstance(part, CodebookEntry | Routed))
+
+    @property
+    def dense(self) -> tuple[Dense, ...]:
+        """The dense parts, in order."""
+        return tuple(part for part in self.parts if isinstance(part, Dense))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
@@ -89,7 +103,8 @@ class Patch:
     def without(self, edit: str) -> "Patch":
         """The patch without one edit: its steering parts and its columns of low-rank parts go, every other stays as it is.
 
-        What a joint write solved for all its edits is not solved again. Raises RequestError if there is no such edit.
+        What a joint write solved for all its edits is not solved again; of a codebook, what its other edits make of it is left.
+        Raises RequestError if there is no such edit, UnsupportedPatchError for one of many that were trained into one part together.
         """
         self._index(edit)
         kept = (_without(part, edit) for part in self.parts)
@@ -269,6 +284,13 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _without(part: Part, edit: str) -> Part | None:
     if isinstance(part, LowRank):
         return part.without(edit)
+    if isinstance(part, Dense | Routed):
+        if edit in part.edits and len(part.edits) > 1:
+            raise UnsupportedPatchError(
+                f"the edit {edit} was trained together with {len(part.edits) - 1} others into one {part.kind} part and cannot be taken "
+                "out alone; fit the others again without it"
+            )
+        return None if edit in part.edits else part
     return None if part.edit == edit else part
 
 
@@ -294,6 +316,7 @@ class Handle:
     def __init__(self, patch: Patch, model: Any, tokenizer: Any):
         self.patch, self.model = patch, model
         self._low_rank = LowRankTable.on(model)
+        self._outputs, self._dense = OutputTable.on(model), DenseTable.on(model)
         if patch.steering and self._low_rank.by_row:
             raise UnsupportedPatchError(
                 f"a {patch.method} patch steers every row of a batch, and here each row has a patch of its own; leave the "
@@ -303,10 +326,14 @@ class Handle:
         keys = {i: r.key for i, r in zip(patch.ids, patch.requests, strict=True) if i in weight_edits}
         conflicts = self._low_rank.add(self, patch.low_rank, keys) if patch.low_rank else []
         try:
+            about = {r.id: r.key for r in patch.requests}
+            conflicts += self._outputs.add(self, patch.outputs, about) if patch.outputs else []
+            conflicts += self._dense.add(self, patch.dense, about) if patch.dense else []
             self._steering = SteeringTable.on(model, tokenizer)
             self.conflicts = self._steering.add(self, patch.steering) + conflicts
         except BaseException:
-            self._low_rank.remove(self)
+            for table in (self._low_rank, self._outputs, self._dense):
+                table.remove(self)
             raise
 
     def __enter__(self) -> "Handle":
@@ -317,8 +344,8 @@ class Handle:
 
     def detach(self) -> None:
         """Take this patch off; every other attachment stays."""
-        self._low_rank.remove(self)
-        self._steering.remove(self)
+        for table in (self._low_rank, self._outputs, self._dense, self._steering):
+            table.remove(self)
 
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
         """What the loaded steering edits, all patches together, say about each prompt; low-rank edits have no scope."""
@@ -327,7 +354,7 @@ class Handle:
     @contextmanager
     def prompts(self, lengths: Sequence[int]) -> Iterator[None]:
         """Teacher forcing: inside, each row is a prompt of so many real tokens and a completion."""
-        with self._steering.prompts(lengths):
+        with self._steering.prompts(lengths), self._outputs.prompts(lengths):
             yield
 
 
@@ -346,6 +373,11 @@ def attach_rows(model: Any, tokenizer: Any, patches: Sequence[Patch | None]) -> 
                 f"expected low-rank patches only, found a {patch.method} patch with steering parts for row {i}; it acts by "
                 "its scope: attach it to the whole model"
             )
+        if patch is not None and patch.dense:
+            raise UnsupportedPatchError(
+                f"expected patches that act row by row, found a {patch.method} patch with dense parts for row {i}; its weights are "
+                "those of the whole batch: attach it to the whole model"
+            )
     if STEERED in vars(model) and vars(model)[STEERED].active:
         raise UnsupportedPatchError(
             "a steering patch is attached to this model; detach it before attaching patches by row"
@@ -353,5 +385,8 @@ def attach_rows(model: Any, tokenizer: Any, patches: Sequence[Patch | None]) -> 
     found = [patch for patch in patches if patch is not None]
     refuse_present(model, {edit for patch in found for edit in _edits(patch.low_rank)})
     check_fits(found, model, tokenizer)
-    with LowRankTable.on(model).rows([patch.low_rank if patch is not None else () for patch in patches]):
+    low_rank, outputs = (
+        [getattr(p, kind) if p is not None else () for p in patches] for kind in ("low_rank", "outputs")
+    )
+    with LowRankTable.on(model).rows(low_rank), OutputTable.on(model).rows(outputs):
         yield

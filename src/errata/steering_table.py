@@ -541,7 +541,7 @@ class SteeringTable:
 def without_patches(model: Any) -> Iterator[None]:
     """Inside, attached patches of every kind do nothing."""
     with ExitStack() as stack:
-        for name in ("_errata_steering", "_errata_low_rank"):
+        for name in ("_errata_steering", "_errata_low_rank", "_errata_outputs", "_errata_dense"):
             if (table := model.__dict__.get(name)) is not None:
                 stack.enter_context(table.suspended())
         yield
