@@ -186,6 +186,8 @@ def test_a_thousand_operations_against_a_dictionary(expand: Any) -> None:
             book.insert(point(*place), point(step), radius, label, str(step))
             brute(items, place, radius, label, str(step), rules)
             assert len(book) == len(items)
+            if step % 7:
+                continue
             apart = torch.cdist(book.keys, book.keys, compute_mode="donot_use_mm_for_euclid_dist")
             label_of = torch.tensor(book.labels)
             unlike = label_of != label_of.T
@@ -208,7 +210,7 @@ def test_many_queries_are_answered_as_one_by_one() -> None:
     generator = torch.Generator().manual_seed(0)
     book = Codebook()
     for i in range(60):
-        book.insert(100 + torch.randn(64, generator=generator), torch.zeros(2), 8.0, (i % 3,), "")
+        book._new("add", 100 + torch.randn(64, generator=generator), torch.zeros(2), 8.0 + i / 20, (i,), "", 0.0)
     queries = 100 + torch.randn(500, 64, generator=generator)
     far = book.distances(queries)
     held = torch.where(far <= book.radii, far, torch.inf)

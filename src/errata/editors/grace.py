@@ -80,7 +80,9 @@ class GRACEConfig:
                 f"{self.key!r}, {self.start!r} and {self.training!r}"
             )
         if min(self.radius, self.lr, self.steps) <= 0 or min(self.stop, self.noise, self.norm) < 0:
-            raise ConfigError(f"expected radius, lr and steps above 0, and stop, noise and norm of at least 0, found {self}")
+            raise ConfigError(
+                f"expected radius, lr and steps above 0, and stop, noise and norm of at least 0, found {self}"
+            )
         if self.key == "subject" and self.replace != "each":
             raise ConfigError(
                 f"expected replace 'each' with keys at the subject, found {self.replace!r}: no other mode asks at the subject"
@@ -133,7 +135,9 @@ class GRACE(Editor[GRACEConfig]):
         """
         self.check(requests, model, tokenizer)
         parts = anatomy(model)
-        layer = parts.blocks.index(parts.site(self.config.layer if self.config.layer is not None else late_layer(model)))
+        layer = parts.blocks.index(
+            parts.site(self.config.layer if self.config.layer is not None else late_layer(model))
+        )
         place, rules = Place(layer, self.config.site, self.config.replace), self.config.rules(model.dtype)
         before = onto or Patch(self.method, asdict(self.config), (), base_of(model, tokenizer), ())
         _check_onto(before, place, rules, model, tokenizer)
@@ -155,7 +159,9 @@ class GRACE(Editor[GRACEConfig]):
                 said = stream.says(items)
         for request, right in zip(requests, said, strict=True):
             report[request.id] |= {"layer": layer, "converged": right}
-        return replace(before, requests=before.requests + tuple(requests), parts=tuple(made), report=before.report | report)
+        return replace(
+            before, requests=before.requests + tuple(requests), parts=tuple(made), report=before.report | report
+        )
 
 
 def _check_onto(patch: Patch, place: Place, rules: Rules, model: Any, tokenizer: Any) -> None:
@@ -163,7 +169,11 @@ def _check_onto(patch: Patch, place: Place, rules: Rules, model: Any, tokenizer:
     check_fits([patch], model, tokenizer)
     for part in patch.parts:
         if not isinstance(part, CodebookEntry) or (part.place, part.rules) != (place, rules):
-            found = f"a codebook of {part.place}, {part.rules}" if isinstance(part, CodebookEntry) else f"a {part.kind} part"
+            found = (
+                f"a codebook of {part.place}, {part.rules}"
+                if isinstance(part, CodebookEntry)
+                else f"a {part.kind} part"
+            )
             raise ConfigError(
                 f"expected a patch with a codebook of {place}, {rules} to go on from, found {found}; fit with the patch's own "
                 "configuration, or without it"
@@ -227,7 +237,13 @@ class _Stream:
         if not notes or kept:
             notes = self._train(item, done.entry)
         own = CodebookEntry(
-            request.id, key, self.book.values[done.entry].clone(), self.config.radius, item.targets, self.place, self.book.rules
+            request.id,
+            key,
+            self.book.values[done.entry].clone(),
+            self.config.radius,
+            item.targets,
+            self.place,
+            self.book.rules,
         )
         about: dict[str, Any] = {"outcome": done.outcome, "radius": round(float(self.book.radii[done.entry]), 6)}
         if math.isfinite(done.distance):
@@ -262,7 +278,8 @@ class _Stream:
             return []
         config, about = self.config, self.config.key == "subject"
         jobs = [
-            ValueJob(r.prompt if about else r.text, r.target_new + config.ending, r.subject if about else None) for r in requests
+            ValueJob(r.prompt if about else r.text, r.target_new + config.ending, r.subject if about else None)
+            for r in requests
         ]
         terms: list[Term] = [NLL()]
         terms += [NormPenalty(config.norm, counts=False)] if config.norm else []
