@@ -1,8 +1,8 @@
 """Codebook parts: what one edit asks of the codebook at a layer, and adapters in the place of a codebook.
 
-A codebook at run time is what its edits, inserted in their order, make of it (`errata.maths.codebook`); so patches join by listing
-their parts, and an edit that is taken out leaves the codebook that would be there without it. How parts act on a model is
-`errata.output_table`.
+A codebook at run time is what its edits, inserted in their order, make of it (`errata.maths.codebook`); so patches join by
+listing their parts, and an edit that is taken out leaves the codebook that would be there without it. How parts act on a model
+is `errata.output_table`.
 """
 
 from dataclasses import asdict, dataclass
@@ -24,11 +24,11 @@ Ask = Literal["last", "first"]
 class Place:
     """Where outputs are replaced, and who asks.
 
-    layer: the block, from 0; site: the linear map whose input asks and whose output is replaced (see `LowRank`). replace: "each"
-    token asks for itself and is itself replaced, so that it does not matter how a text is fed (cached, padded, at once).
-    As published one token asks for its row in each forward pass: the prompt's end where `handle.prompts` gives it, else the
-    row's "last" real token (ask="first": its first, BERT's CLS); replaced are the "last" (the one that asks), "all", or those
-    before it ("prompt").
+    layer: the block, from 0; site: the linear map whose input asks and whose output is replaced (see `LowRank`). replace:
+    "each" token asks for itself and is itself replaced, so that it does not matter how a text is fed (cached, padded, at
+    once). As published one token asks for its row in each forward pass: the prompt's end where `handle.prompts` gives it, else
+    the row's "last" real token (ask="first": its first, BERT's CLS); replaced are the "last" (the one that asks), "all", or
+    those before it ("prompt").
     """
 
     layer: int
@@ -109,8 +109,8 @@ FORMS = {"defer": ("w", "b", "A", "c"), "memory": ("U", "b", "V")}
 class Routed:
     """A small model in the place of a linear map's output, written by many edits together.
 
-    form "defer": w (a,), b (1,), A (b, a), c (b,): where sigmoid(w q + b) reaches `threshold` the output is A q + c. form "memory":
-    U (n, a), b (n,), V (n, b): the output is softmax(U q + b) V, always.
+    form "defer": w (a,), b (1,), A (b, a), c (b,): where sigmoid(w q + b) reaches `threshold` the output is A q + c. form
+    "memory": U (n, a), b (n,), V (n, b): the output is softmax(U q + b) V, always.
     """
 
     edits: tuple[str, ...]

@@ -45,8 +45,8 @@ class DenseTable:
     def add(self, owner: object, parts: Sequence[Dense], keys: dict[str, str]) -> list[tuple[str, str]]:
         """Load parts under an owner; keys: edit id -> what it is about. Returns (edit, earlier edit) for what is about the same thing.
 
-        Raises RequestError for an edit that is loaded already, AnatomyError for a parameter that is not there, ShapeError for one of
-        another shape, UnsupportedPatchError for one that is not stored as plain numbers.
+        Raises RequestError for an edit that is loaded already, AnatomyError for a parameter that is not there, ShapeError for
+        one of another shape, UnsupportedPatchError for one that is not stored as plain numbers.
         """
         if twice := self.edits & {edit for part in parts for edit in part.edits}:
             raise RequestError(f"the edit {min(twice)} is attached to this model already; detach that patch first")

@@ -1,8 +1,8 @@
 """Codebooks and routed adapters at run time: whose output is replaced, for the whole batch or row by row.
 
 All such parts on a model live in one `OutputTable`. A forward hook on each linear map that they name asks with the map's input
-and replaces its output where there is an answer; every other output keeps its bits. The codebook entries at one map act as one codebook, whichever
-patches they came from: the later of two edits of one key holds.
+and replaces its output where there is an answer; every other output keeps its bits. The codebook entries at one map act as one
+codebook, whichever patches they came from: the later of two edits of one key holds.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -136,8 +136,9 @@ class OutputTable:
     def add(self, owner: object, parts: Sequence[OutputPart], keys: dict[str, str]) -> list[tuple[str, str]]:
         """Load parts under an owner; keys: edit id -> what it is about (`EditRequest.key`).
 
-        Returns (edit, earlier edit) for what is about the same thing. Raises RequestError for an adapter that is loaded already,
-        AnatomyError and ShapeError for a map that is not there or of another size, ConfigError for codebooks that do not go together.
+        Returns (edit, earlier edit) for what is about the same thing. Raises RequestError for an adapter that is loaded
+        already, AnatomyError and ShapeError for a map that is not there or of another size, ConfigError for codebooks that do
+        not go together.
         """
         placed = self._placed(parts)
         loaded = {id(part) for load in self._loads.values() for _, part in load if isinstance(part, Routed)}

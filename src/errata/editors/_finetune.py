@@ -26,13 +26,14 @@ HELD = 1 - 1e-6  # a projection ends just inside its ball, so that rounding cann
 class TrainConfig:
     """How deltas are trained.
 
-    layers: which blocks, from 0 or negative from the end; "first", "all", or None for the method's own choice. parameters: which of a block's: a
-    role of the anatomy ("mlp_out") or a path in the block, for that map's weight and bias; "weights", the matrices of all its linear maps (no biases, norms,
-    embeddings); "block", everything. objective: "target_new", teacher forced, or "prompt_last" (published), all target tokens at the prompt's last position.
-    steps: epochs; lr, optimizer: "adam" or "rmsprop"; batch: requests in a step. stop: nats below which a batch makes no step, and an epoch is the last;
-    until: "loss" or "says", to end as soon as the model says the targets.
-    norm, eps: of the change, held after every step: "linf" max |delta| <= eps for each parameter (FT-L), "l2" the Frobenius norm over
-    all parameters <= eps (Zhu et al. 2020, both), None. ending: text that the model is to say behind the new object.
+    layers: which blocks, from 0 or negative from the end; "first", "all", or None for the method's own choice. parameters:
+    which of a block's: a role of the anatomy ("mlp_out") or a path in the block, for that map's weight and bias; "weights",
+    the matrices of all its linear maps (no biases, norms, embeddings); "block", everything. objective: "target_new", teacher
+    forced, or "prompt_last" (published), all target tokens at the prompt's last position. steps: epochs; lr, optimizer: "adam"
+    or "rmsprop"; batch: requests in a step. stop: nats below which a batch makes no step, and an epoch is the last; until:
+    "loss" or "says", to end as soon as the model says the targets. norm, eps: of the change, held after every step: "linf" max
+    |delta| <= eps for each parameter (FT-L), "l2" the Frobenius norm over all parameters <= eps (Zhu et al. 2020, both), None.
+    ending: text that the model is to say behind the new object.
     """
 
     layers: tuple[int, ...] | Literal["first", "all"] | None = None

@@ -32,7 +32,8 @@ def logits_of(model: Any, items: Sequence[Row], call: Call | None = None) -> Ten
 def losses_of(model: Any, items: Sequence[Row], call: Call | None = None, at_prompt: bool = False) -> Tensor:
     """(n,) mean over each item's target tokens of -log P(token), nats.
 
-    at_prompt: all are read at the prompt's last token (the published fine-tuning's "prompt_last"), right for targets of one token.
+    at_prompt: all are read at the prompt's last token (the published fine-tuning's "prompt_last"), right for targets of one
+    token.
     """
     logits = logits_of(model, items, call)
     found = []

@@ -1,11 +1,12 @@
 """Fine-tuning: gradient descent on chosen parameters, the baseline of every editing paper.
 
-"joint" training runs epochs over all requests in batches (Meng et al. 2022, FT and FT-L); "stream" takes them one by one, each until
-the model says its object, on the weights as the earlier ones left them (Hartvigsen et al. 2023). FT-L (Zhu et al. 2020; norm="linf") and its Frobenius
-form (norm="l2") keep the change small. Emits one dense part. Deltas are trained beside the model's weights, which stay as they are.
+"joint" training runs epochs over all requests in batches (Meng et al. 2022, FT and FT-L); "stream" takes them one by one, each
+until the model says its object, on the weights as the earlier ones left them (Hartvigsen et al. 2023). FT-L (Zhu et al. 2020;
+norm="linf") and its Frobenius form (norm="l2") keep the change small. Emits one dense part. Deltas are trained beside the
+model's weights, which stay as they are.
 
-Differs from the published code by default (the presets restore it): the target is teacher forced, not scored at one position; parameters are
-chosen by path, so layer 2 is not also 20 to 27; the constraint holds whatever number eps is.
+Differs from the published code by default (the presets restore it): the target is teacher forced, not scored at one position;
+parameters are chosen by path, so layer 2 is not also 20 to 27; the constraint holds whatever number eps is.
 """
 
 from collections.abc import Sequence
@@ -70,8 +71,8 @@ class FineTuner(Editor[C]):
     ) -> Patch:
         """Fine-tune on the requests. onto: a patch of these parameters to go on from; the result holds its edits too.
 
-        Raises RequestError, SubjectNotFoundError, AnatomyError for a layer or parameter that is not there, ConfigError if `onto` is of
-        other parameters, BaseMismatchError if it is of another model.
+        Raises RequestError, SubjectNotFoundError, AnatomyError for a layer or parameter that is not there, ConfigError if
+        `onto` is of other parameters, BaseMismatchError if it is of another model.
         """
         self.check(requests, model, tokenizer)
         layers = layers_of(model, self.config.layers, rome_layer(model))

@@ -1,10 +1,11 @@
 """Fine-tuning on a stream, tied to the weights that earlier edits need (elastic weight consolidation, Kirkpatrick et al. 2017).
 
-Loss of the current request plus lambda sum_i F_i (theta_i - theta*_i)^2: F is the diagonal of the Fisher information, the mean over the
-latest edits of the squared gradient of each one's own loss; theta* and F are taken after the last edit. As a baseline of Hartvigsen et al. 2023.
+Loss of the current request plus lambda sum_i F_i (theta_i - theta*_i)^2: F is the diagonal of the Fisher information, the mean
+over the latest edits of the squared gradient of each one's own loss; theta* and F are taken after the last edit. As a baseline
+of Hartvigsen et al. 2023.
 
-Differs from the released code, which cannot run (it iterates over a parameter's name) and, if it could, would count the current request as
-past, square gradients accumulated over requests, and divide by the memory's size even while it is not full.
+Differs from the released code, which cannot run (it iterates over a parameter's name) and, if it could, would count the
+current request as past, square gradients accumulated over requests, and divide by the memory's size even while it is not full.
 """
 
 from collections.abc import Sequence

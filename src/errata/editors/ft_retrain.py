@@ -1,7 +1,7 @@
 """Fine-tuning on a stream that comes back to its past: every so many edits it is trained on all of them again.
 
-As a baseline of Hartvigsen et al. 2023. Differs from the released code, which stops at the first retraining for want of an argument: what it
-ignores, the memory's size and starting again from the model's own weights, are options here.
+As a baseline of Hartvigsen et al. 2023. Differs from the released code, which stops at the first retraining for want of an
+argument: what it ignores, the memory's size and starting again from the model's own weights, are options here.
 """
 
 from collections.abc import Sequence

@@ -1,14 +1,14 @@
 """GRACE: edits as entries of a codebook at one layer, nothing else changes (Hartvigsen et al. 2023).
 
-The input of one linear map at the prompt's last token is the query. A query that lies in the ball of a key is answered by
-that key's value in place of the map's output; a new edit adds a key, widens the ball of a key with its label, or parts its ball from
-one with another label (Algorithm 1), and its value is trained so that the model says the new object. Requests are taken in order, each on
-the model as the earlier ones left it; one that the model already gets right is left out, and the report says so. Emits a
-codebook part for each edit.
+The input of one linear map at the prompt's last token is the query. A query that lies in the ball of a key is answered by that
+key's value in place of the map's output; a new edit adds a key, widens the ball of a key with its label, or parts its ball
+from one with another label (Algorithm 1), and its value is trained so that the model says the new object. Requests are taken
+in order, each on the model as the earlier ones left it; one that the model already gets right is left out, and the report says
+so. Emits a codebook part for each edit.
 
-Differs from the published code by default (preset "published" restores it): every token asks for itself, so that cached and whole
-texts agree; the nearest *containing* ball answers, and balls of different labels never overlap; labels are equal target ids; values start from the
-map's own output and stop once the model says the object.
+Differs from the published code by default (preset "published" restores it): every token asks for itself, so that cached and
+whole texts agree; the nearest *containing* ball answers, and balls of different labels never overlap; labels are equal target
+ids; values start from the map's own output and stop once the model says the object.
 """
 
 import math
@@ -43,13 +43,14 @@ AHEAD = 64  # requests whose values are searched as one batch
 class GRACEConfig:
     """Settings of GRACE.
 
-    layer: negative from the end; None for one near three quarters of the depth; site: the linear map, a role of the anatomy or a path in the
-    block. key: the token that asks, the prompt's "last" or the "subject"'s (only where each token asks for itself);
-    replace: see `Place`. radius: of a new ball (the paper's epsilon), activation units. start: of a value, "warm" the map's own output or "cold" U[0, 1);
-    training: plain "gradient" descent or with N(0, noise) added to the value at each step ("perturbed"). steps, lr (Adam's, activation units), stop
-    (nats, 0 for never), norm: weight of the penalty (|value - output| / |output|)^2, for warm values at the MLP's output.
-    expand, guard, defer, match, same: see `Rules`; same is at least 0.02 on models in half precision. skip: leave out what the model
-    already says. ending: text that the model is to say behind the new object.
+    layer: negative from the end; None for one near three quarters of the depth; site: the linear map, a role of the anatomy or
+    a path in the block. key: the token that asks, the prompt's "last" or the "subject"'s (only where each token asks for
+    itself); replace: see `Place`. radius: of a new ball (the paper's epsilon), activation units. start: of a value, "warm" the
+    map's own output or "cold" U[0, 1); training: plain "gradient" descent or with N(0, noise) added to the value at each step
+    ("perturbed"). steps, lr (Adam's, activation units), stop (nats, 0 for never), norm: weight of the penalty (|value -
+    output| / |output|)^2, for warm values at the MLP's output. expand, guard, defer, match, same: see `Rules`; same is at
+    least 0.02 on models in half precision. skip: leave out what the model already says. ending: text that the model is to say
+    behind the new object.
     """
 
     layer: int | None = None
@@ -130,8 +131,8 @@ class GRACE(Editor[GRACEConfig]):
     ) -> Patch:
         """Fit requests in order. onto: a patch of this codebook that they come on top of; the result holds its edits too.
 
-        Raises RequestError, SubjectNotFoundError, AnatomyError for a layer or site that is not there, ConfigError if `onto` is of
-        another layer or other rules, BaseMismatchError if it is of another model.
+        Raises RequestError, SubjectNotFoundError, AnatomyError for a layer or site that is not there, ConfigError if `onto` is
+        of another layer or other rules, BaseMismatchError if it is of another model.
         """
         self.check(requests, model, tokenizer)
         parts = anatomy(model)

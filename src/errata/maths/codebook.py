@@ -1,12 +1,12 @@
 """GRACE's codebook: keys with a value, a radius and a label each, and the rules by which they come, grow and part.
 
-A query defers to the nearest key among the balls that contain it. A new (key, label) is added, widens the ball of a key with the
-same label, or shares the room with keys of other labels. With `guard`, every rule looks at all keys of other labels: their
+A query defers to the nearest key among the balls that contain it. A new (key, label) is added, widens the ball of a key with
+the same label, or shares the room with keys of other labels. With `guard`, every rule looks at all keys of other labels: their
 balls never overlap, so that no key of one label lies in a ball of another.
 
-Source: Hartvigsen et al. 2023 (GRACE), Algorithm 1. Differs with `guard` and `defer="containing"`, our defaults: the paper looks at
-the nearest key only, which may not contain a query that a farther, larger ball does, and lets balls of different labels overlap
-after an addition, an expansion, or a split that makes a ball larger.
+Source: Hartvigsen et al. 2023 (GRACE), Algorithm 1. Differs with `guard` and `defer="containing"`, our defaults: the paper
+looks at the nearest key only, which may not contain a query that a farther, larger ball does, and lets balls of different
+labels overlap after an addition, an expansion, or a split that makes a ball larger.
 """
 
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ PAIRS = 1 << 13  # exact distances computed at once
 class Rules:
     """How a codebook grows and answers.
 
-    expand: the new radius of a ball that is to take in a query of its own label at distance D: "add_init" r + the initial radius
-    (the paper's algorithm), "coverage" D (the published code), "moving_average" D with the key moved half-way to the query.
-    guard: all keys of other labels are looked at, and no ball grows in a split; False is the published code. defer: "containing",
-    the nearest among the balls that contain a query, or "nearest" (published), the nearest key if its ball contains it. match: labels are
-    equal if they are "exact"ly, or by the "mean" of their ids (published). same: distance in units of |key| below which two keys are one:
-    what rounding makes of one prompt in batches of different shapes.
+    expand: the new radius of a ball that is to take in a query of its own label at distance D: "add_init" r + the initial
+    radius (the paper's algorithm), "coverage" D (the published code), "moving_average" D with the key moved half-way to the
+    query. guard: all keys of other labels are looked at, and no ball grows in a split; False is the published code. defer:
+    "containing", the nearest among the balls that contain a query, or "nearest" (published), the nearest key if its ball
+    contains it. match: labels are equal if they are "exact"ly, or by the "mean" of their ids (published). same: distance in
+    units of |key| below which two keys are one: what rounding makes of one prompt in batches of different shapes.
     """
 
     expand: Literal["add_init", "coverage", "moving_average"] = "add_init"
@@ -242,10 +242,8 @@ class Codebook:
         keys, radii = self.keys.to(queries.device), self.radii.to(queries.device)
         queries = queries.to(keys)
         rough, slack = self._rough(queries, keys)
-        if self.rules.defer == "nearest":
-            maybe = rough <= rough.min(-1, keepdim=True).values + slack
-        else:
-            maybe = rough <= radii.square() + slack
+        nearest = rough.min(-1, keepdim=True).values
+        maybe = rough <= (nearest if self.rules.defer == "nearest" else radii.square()) + slack
         rows, cols = torch.nonzero(maybe, as_tuple=True)
         if not len(rows):
             return entry, distance
