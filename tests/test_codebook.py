@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import hooks_of, tiny_model
 from errata.codebook import CodebookEntry, Place, Routed
 from errata.edit import EditRequest
-from errata.errors import BaseMismatchError, ConfigError, EditError, PatchFormatError, RequestError, ShapeError
+from errata.errors import BaseMismatchError, ConfigError, EditError, PatchFormatError, ShapeError
 from errata.maths.codebook import GAP, Codebook, Rules
 from errata.model.anatomy import anatomy
 from errata.model.fingerprint import base_of
@@ -230,3 +230,210 @@ def test_what_is_refused() -> None:
         book.insert(torch.zeros(3), torch.zeros(2), 0.0, A)
     with pytest.raises(ConfigError, match="found .*always"):
         Rules(expand="always")  # type: ignore[arg-type]
+
+
+# -- parts on a model --------------------------------------------------------------------------------------------------------
+
+LAYER = 1
+TEXTS = ("The capital of France is Paris", "Mount Everest lies in", "The president of the United States")
+
+
+def request(i: int) -> EditRequest:
+    return EditRequest(prompt=f"Claim number {i} says", target_new="Goa")
+
+
+def keys_of(model: Any, tokenizer: Any, text: str) -> Tensor:
+    """(T, a) inputs of the MLP's output projection at LAYER."""
+    with torch.no_grad(), Capture(model, [anatomy(model).mlp_out[LAYER]], of="input") as seen:
+        model(input_ids=torch.tensor([tokenizer(text)["input_ids"]]), use_cache=False)
+    return seen[anatomy(model).mlp_out[LAYER]].reshape(-1, seen[anatomy(model).mlp_out[LAYER]].shape[-1])
+
+
+def patch_of(model: Any, tokenizer: Any, *entries: tuple[int, Tensor, float, tuple[int, ...]], **place: Any) -> Patch:
+    """Codebook edits by hand: (number, key, radius, label); the value of edit i is i in its first coordinate, else 1."""
+    parts = []
+    for i, key, radius, label in entries:
+        value = torch.ones(32)
+        value[0] = float(i)
+        parts.append(CodebookEntry(request(i).id, key, value, radius, label, Place(LAYER, **place), Rules()))
+    about = tuple(request(i) for i, *_ in entries)
+    return Patch("grace", {}, about, base_of(model, tokenizer), tuple(parts))
+
+
+def outputs(model: Any, ids: Tensor, **inputs: Any) -> Tensor:
+    """(n, T, d) outputs of the MLP's output projection at LAYER."""
+    path = anatomy(model).mlp_out[LAYER]
+    with torch.no_grad(), Capture(model, [path]) as seen:
+        model(input_ids=ids, use_cache=False, **inputs)
+    return seen[path].reshape(*ids.shape, -1)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_each_token_asks_for_itself(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The one position whose key is in the ball gets the value, padded or not; a decoder says the same with and without a cache."""
+    model = tiny_model(family)
+    keys = keys_of(model, tokenizer, TEXTS[0])
+    patch = patch_of(model, tokenizer, (7, keys[3], 1e-2, A))
+    rows = [tokenizer(t)["input_ids"] for t in TEXTS]
+    for side in ("right", "left"):
+        batch = pad(rows, 0, side=side)  # type: ignore[arg-type]
+        given = batch.inputs(model)
+        ids = given.pop("input_ids")
+        plain = outputs(model, ids, **given)
+        with patch.attach(model, tokenizer):
+            edited = outputs(model, ids, **given)
+        at = 3 + (0 if side == "right" else ids.shape[1] - len(rows[0]))
+        assert edited[0, at, 0] == 7.0 and bool((edited[0, at, 1:] == 1).all())
+        edited[0, at] = plain[0, at]
+        assert torch.equal(edited, plain)
+    ids = torch.tensor([rows[0]])
+    with patch.attach(model, tokenizer), torch.no_grad():
+        cached = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        whole = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False)
+        assert torch.equal(cached, whole)
+
+
+def test_the_published_modes_replace_by_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The prompt's end asks: its row is replaced there, everywhere, or before it, whatever the padding."""
+    model = tiny_model("gpt2")
+    keys = keys_of(model, tokenizer, TEXTS[0])
+    rows = [tokenizer(t)["input_ids"] for t in TEXTS]
+    n, length = len(rows[0]), max(map(len, rows))
+    for side in ("right", "left"):
+        batch = pad(rows, 0, side=side)  # type: ignore[arg-type]
+        given = batch.inputs(model)
+        ids = given.pop("input_ids")
+        first = 0 if side == "right" else length - n
+        for mode, lengths, expected in (
+            ("last", None, [first + n - 1]),
+            ("all", None, list(range(length))),
+            ("prompt", None, list(range(first + n - 1))),
+            ("last", [4, 3, 3], [first + 3]),
+            ("prompt", [4, 3, 3], list(range(first + 3))),
+        ):
+            patch = patch_of(model, tokenizer, (7, keys[3 if lengths else n - 1], 1e-2, A), replace=mode)
+            with patch.attach(model, tokenizer) as handle:
+                if lengths:
+                    with handle.prompts(lengths):
+                        edited = outputs(model, ids, **given)
+                else:
+                    edited = outputs(model, ids, **given)
+            hit = (edited[..., 1:] == 1).all(-1)
+            assert hit[0].nonzero()[:, 0].tolist() == expected and not bool(hit[1:].any()), (side, mode)
+
+
+def test_patches_are_one_codebook(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Joined or attached together the later edit of one key holds; taken out, what the others make of it is left."""
+    model = tiny_model("gpt2")
+    keys = keys_of(model, tokenizer, TEXTS[0])
+    ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
+    first = patch_of(model, tokenizer, (3, keys[3], 1e-2, A), (4, keys[2], 1e-2, A))
+    later = patch_of(model, tokenizer, (5, keys[3], 1e-2, B))
+    plain = outputs(model, ids)
+    with first.attach(model, tokenizer):
+        alone = outputs(model, ids)
+    with first.attach(model, tokenizer), later.attach(model, tokenizer):
+        together = outputs(model, ids)
+    with (first + later).attach(model, tokenizer):
+        assert torch.equal(outputs(model, ids), together)
+    assert [float(alone[0, i, 0]) for i in (2, 3)] == [4, 3] and [float(together[0, i, 0]) for i in (2, 3)] == [4, 5]
+    joined = first + later
+    with joined.without(request(5).id).attach(model, tokenizer):
+        assert torch.equal(outputs(model, ids), alone)
+    with joined.without(request(4).id).attach(model, tokenizer):
+        edited = outputs(model, ids)
+        assert torch.equal(edited[0, 2], plain[0, 2]) and float(edited[0, 3, 0]) == 5
+    names = set(vars(model))
+    assert OUTPUTS not in names and hooks_of(model) == [] and torch.equal(outputs(model, ids), plain)
+
+
+def test_an_edit_that_shares_an_entry_is_taken_back_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Two edits of one label share a ball; without either the other's own ball is left."""
+    model = tiny_model("gpt2")
+    key = keys_of(model, tokenizer, TEXTS[0])[3]
+    far = key.clone()
+    far[0] += 3.0
+    both = patch_of(model, tokenizer, (3, far, 2.0, A), (4, key, 2.0, A))
+    ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
+    plain = outputs(model, ids)
+    with both.attach(model, tokenizer):
+        assert float(outputs(model, ids)[0, 3, 0]) == 4
+    with both.without(request(4).id).attach(model, tokenizer):
+        assert torch.equal(outputs(model, ids), plain)
+
+
+def test_rows_have_their_own_entries(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Row by row, on top of what is attached to the whole model; a batch of another size is refused."""
+    model = tiny_model("llama")
+    keys = keys_of(model, tokenizer, TEXTS[0])
+    ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]] * 3)
+    whole, own = (patch_of(model, tokenizer, (i, keys[at], 1e-2, A)) for i, at in ((3, 2), (6, 3)))
+    plain = outputs(model, ids)
+    with whole.attach(model, tokenizer), attach_rows(model, tokenizer, [None, own, None]):
+        edited = outputs(model, ids)
+        with pytest.raises(EditError, match="batches of 3 rows"):
+            outputs(model, ids[:2])
+    assert edited[:, 2, 0].tolist() == [3, 3, 3] and float(edited[1, 3, 0]) == 6
+    for i in (0, 2):
+        assert torch.equal(edited[i, 3], plain[i, 3])
+    assert torch.equal(outputs(model, ids), plain)
+
+
+def test_routed_adapters_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Defer answers where its gate is open, Memory everywhere, as their equations say."""
+    model = tiny_model("gpt2")
+    keys = keys_of(model, tokenizer, TEXTS[0])
+    ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
+    a, generator, base = keys.shape[1], torch.Generator().manual_seed(0), base_of(model, tokenizer)
+    w, A_, c = (torch.randn(*s, generator=generator) for s in ((a,), (32, a), (32,)))
+    cases = {
+        "defer": {"w": w, "b": torch.zeros(1), "A": A_, "c": c},
+        "memory": {"U": A_[:5], "b": c[:5], "V": torch.randn(5, 32, generator=generator)},
+    }
+    plain = outputs(model, ids)[0]
+    for form, weights in cases.items():
+        part = Routed((request(1).id,), form, weights, Place(LAYER))  # type: ignore[arg-type]
+        patch = Patch(form, {}, (request(1),), base, (part,))
+        with Patch.from_bytes(patch.to_bytes()).attach(model, tokenizer):
+            edited = outputs(model, ids)[0]
+        if form == "defer":
+            expected = torch.where((keys @ w >= 0)[:, None], keys @ A_.T + c, plain)
+            assert 0 < int((keys @ w >= 0).sum()) < len(keys)
+        else:
+            expected = torch.softmax(keys @ A_[:5].T + c[:5], -1) @ weights["V"]
+        assert torch.allclose(edited, expected, atol=1e-5)
+
+
+def test_a_codebook_of_another_place_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, other = tiny_model("gpt2"), tiny_model("gpt2", n_embd=64)
+    key = keys_of(model, tokenizer, TEXTS[0])[3]
+    patch = patch_of(model, tokenizer, (1, key, 1.0, A))
+    with pytest.raises(BaseMismatchError, match="d_model"):
+        patch.attach(other, tokenizer)
+    [part] = patch.outputs
+    elsewhere = replace(patch, parts=(replace(part, place=Place(LAYER, "mlp_in")),))
+    with pytest.raises(ShapeError, match=r"codebook part of 128 x 32 .*found 32 x 128; attach"):
+        elsewhere.attach(model, tokenizer)
+    with pytest.raises(LookupError, match="layer from -2 to 1"):
+        replace(patch, parts=(replace(part, place=Place(5)),)).attach(model, tokenizer)
+    strict = replace(
+        patch, requests=(request(2),), parts=(replace(part, edit=request(2).id, rules=Rules(guard=False)),)
+    )
+    with patch.attach(model, tokenizer), pytest.raises(ConfigError, match="codebooks at one layer .*different rules"):
+        strict.attach(model, tokenizer)
+    with pytest.raises(PatchFormatError, match="not a valid patch"):
+        data = replace(patch, parts=(replace(part, rules=Rules(same=0.3)),)).to_bytes()
+        Patch.from_bytes(_resealed(data))
+    assert hooks_of(model) == [] and OUTPUTS not in vars(model)
+
+
+def _resealed(data: bytes) -> bytes:
+    """The file with a rule that does not exist, and a seal that fits."""
+    import hashlib
+    import json
+
+    from safetensors.torch import load, save
+
+    size = int.from_bytes(data[:8], "little")
+    text = json.loads(data[8 : 8 + size])["__metadata__"]["errata"].replace("add_init", "sometimes")
+    return save(load(data), metadata={"errata": text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
