@@ -31,8 +31,14 @@ QUICK: dict[str, dict[str, Any]] = {  # settings that make a fit a matter of a t
     "emmet": WEIGHTS,
     "compmemit": WEIGHTS | {"lam": 1.0},
     "steam": WEIGHTS,
+    "grace": {"steps": 3, "radius": 0.05},
+    "ft": {"steps": 2, "lr": 1e-2},
+    "ft_ewc": {"steps": 2},
+    "ft_retrain": {"steps": 2, "every": 2, "epochs": 1},
+    "defer": {"steps": 3},
+    "memory": {"steps": 3},
 }
-CLOSED: dict[str, dict[str, Any]] = {"sake": {"radius": 1e-9}}  # nothing is in scope
+CLOSED: dict[str, dict[str, Any]] = {"sake": {"radius": 1e-9}, "grace": {"radius": 1e-9}}  # nothing is in scope
 REQUESTS = (
     EditRequest(
         subject="The Space Needle", prompt="{} is located in the city of", target_true="Seattle", target_new="Goa"
@@ -249,6 +255,10 @@ def test_a_fit_of_many_is_the_sum_of_fits(method: str, tokenizer: PreTrainedToke
         for side in ("U", "V"):
             alone = torch.cat([getattr(patch.low_rank[0], side) for patch in (first, second)], 1)
             assert torch.allclose(getattr(both.low_rank[0], side), alone, rtol=1e-3, atol=1e-5)
+    elif both.outputs:  # values of many are searched as one batch
+        assert both.header() | {"report": {}} == (first + second).header() | {"report": {}}
+        for one, other in zip(both.parts, (first + second).parts, strict=True):
+            assert all(torch.allclose(t, other.tensors()[n], rtol=1e-3, atol=1e-4) for n, t in one.tensors().items())
     else:
         assert first + second == both
 
