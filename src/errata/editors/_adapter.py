@@ -11,6 +11,7 @@ from torch import Tensor
 from errata.codebook import Place, Replace, Routed
 from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
+from errata.editors._finetune import layers_of
 from errata.editors._items import items_of, losses_of, says
 from errata.editors._models import late_layer
 from errata.editors._value_rows import Row
@@ -28,7 +29,7 @@ from errata.patch import Patch, check_fits
 class AdapterConfig:
     """Settings of an adapter.
 
-    layer: negative from the end; None for one near three quarters of the depth; site: the linear map, a role of the anatomy or
+    layer: negative from the end; None for one near two thirds of the depth; site: the linear map, a role of the anatomy or
     a path in the block; replace: see `Place` (published: "all"). steps, lr: Adam's, for each request; stop: nats at which a
     request is done, 0 for never. skip: leave out what the model already says. ending: text that the model is to say behind the
     new object.
@@ -89,9 +90,7 @@ class AdapterEditor(Editor[C]):
         """
         self.check(requests, model, tokenizer)
         parts = anatomy(model)
-        layer = parts.blocks.index(
-            parts.site(self.config.layer if self.config.layer is not None else late_layer(model))
-        )
+        [layer] = layers_of(model, None if self.config.layer is None else (self.config.layer,), late_layer(model))
         place = Place(layer, self.config.site, self.config.replace)
         size = sizes(base_layer(submodule(model, place.path(parts))))
         if size is None:

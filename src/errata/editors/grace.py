@@ -23,6 +23,7 @@ from torch import Tensor
 from errata.codebook import CodebookEntry, Place, Replace
 from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
+from errata.editors._finetune import layers_of
 from errata.editors._items import items_of, logits_of, losses_of, says
 from errata.editors._models import late_layer
 from errata.editors._value_rows import Row, ValueJob
@@ -44,8 +45,8 @@ AHEAD = 64  # requests whose values are searched as one batch
 class GRACEConfig:
     """Settings of GRACE.
 
-    layer: negative from the end; None for one near three quarters of the depth; site: the linear map, a role of the anatomy or
-    a path in the block. key: the token that asks, the prompt's "last" or the "subject"'s (only where each token asks for
+    layer: negative from the end; None for one near two thirds of the depth; site: the linear map, a role of the anatomy or a
+    path in the block. key: the token that asks, the prompt's "last" or the "subject"'s (only where each token asks for
     itself); replace: see `Place`. radius: of a new ball (the paper's epsilon), activation units; None for 0.6 |key|. start: of a value, "warm" the
     map's own output or "cold" U[0, 1); training: plain "gradient" descent or with N(0, noise) added to the value at each step
     ("perturbed"). steps, lr (Adam's, activation units), stop (nats, 0 for never), norm: weight of the penalty (|value -
@@ -62,8 +63,8 @@ class GRACEConfig:
     start: Literal["warm", "cold"] = "warm"
     training: Literal["gradient", "perturbed"] = "gradient"
     noise: float = 1.0
-    steps: int = 100
-    lr: float = 1.0
+    steps: int = 60
+    lr: float = 3.0
     stop: float = 0.05
     norm: float = 0.0
     expand: Literal["add_init", "coverage", "moving_average"] = "add_init"
@@ -103,7 +104,7 @@ class GRACEConfig:
 
 _PUBLISHED: dict[str, Any] = {
     "radius": 1.0, "replace": "prompt", "start": "cold", "stop": 0.0, "expand": "coverage", "guard": False, "defer": "nearest", "match": "mean",
-    "same": 0.0, "skip": False,
+    "same": 0.0, "skip": False, "steps": 100, "lr": 1.0,
 }  # fmt: skip
 
 
@@ -140,9 +141,7 @@ class GRACE(Editor[GRACEConfig]):
         """
         self.check(requests, model, tokenizer)
         parts = anatomy(model)
-        layer = parts.blocks.index(
-            parts.site(self.config.layer if self.config.layer is not None else late_layer(model))
-        )
+        [layer] = layers_of(model, None if self.config.layer is None else (self.config.layer,), late_layer(model))
         place, rules = Place(layer, self.config.site, self.config.replace), self.config.rules(model.dtype)
         before = onto or Patch(self.method, asdict(self.config), (), base_of(model, tokenizer), ())
         _check_onto(before, place, rules, model, tokenizer)
