@@ -64,7 +64,7 @@ def test_the_objective_and_one_step(objective: Any, tiny: Tiny, tokenizer: PreTr
     loss = -out[rows, target].mean()
     (gradient,) = torch.autograd.grad(loss, [weight])
     patch = FT(layers=(0,), objective=objective, steps=1, lr=1e-3).fit(model, tokenizer, [FRANCE])
-    assert patch.report[FRANCE.id]["curve"] == [round(float(loss), 4)]
+    assert patch.report[FRANCE.id]["curve"] == [round(loss.item(), 4)]
     [part] = patch.dense
     assert list(part.deltas) == [name]
     big = gradient.abs() > 1e-6

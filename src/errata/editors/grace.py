@@ -47,12 +47,12 @@ class GRACEConfig:
 
     layer: negative from the end; None for one near two thirds of the depth; site: the linear map, a role of the anatomy or a
     path in the block. key: the token that asks, the prompt's "last" or the "subject"'s (only where each token asks for
-    itself); replace: see `Place`. radius: of a new ball (the paper's epsilon), activation units; None for 0.6 |key|. start: of a value, "warm" the
-    map's own output or "cold" U[0, 1); training: plain "gradient" descent or with N(0, noise) added to the value at each step
-    ("perturbed"). steps, lr (Adam's, activation units), stop (nats, 0 for never), norm: weight of the penalty (|value -
-    output| / |output|)^2, for warm values at the MLP's output. expand, guard, defer, match, same: see `Rules`; same is at
-    least 0.02 on models in half precision. skip: leave out what the model already says. ending: text that the model is to say
-    behind the new object.
+    itself); replace: see `Place`. radius: of a new ball (the paper's epsilon), activation units; None for 0.6 |key|. start:
+    "warm", the map's own output or "cold" U[0, 1); training: plain "gradient" descent or with N(0, noise) added to the value
+    at each step ("perturbed"). steps, lr (Adam's, activation units), stop (nats, 0 for never), norm: weight of the penalty
+    (|value - output| / |output|)^2, for warm values at the MLP's output. expand, guard, defer, match, same: see `Rules`; same
+    is at least 0.02 on models in half precision. skip: leave out what the model already says. ending: text that the model is
+    to say behind the new object.
     """
 
     layer: int | None = None
@@ -103,8 +103,8 @@ class GRACEConfig:
 
 
 _PUBLISHED: dict[str, Any] = {
-    "radius": 1.0, "replace": "prompt", "start": "cold", "stop": 0.0, "expand": "coverage", "guard": False, "defer": "nearest", "match": "mean",
-    "same": 0.0, "skip": False, "steps": 100, "lr": 1.0,
+    "radius": 1.0, "replace": "prompt", "start": "cold", "stop": 0.0, "expand": "coverage", "guard": False,
+    "defer": "nearest", "match": "mean", "same": 0.0, "skip": False, "steps": 100, "lr": 1.0,
 }  # fmt: skip
 
 
@@ -245,7 +245,7 @@ class _Stream:
             request.id,
             key,
             self.book.values[done.entry].clone(),
-            self.config.radius,
+            radius,
             item.targets,
             self.place,
             self.book.rules,
@@ -312,7 +312,7 @@ class _Stream:
                     own = leaf + noise.to(leaf.device) if config.training == "perturbed" else leaf
                     self._values = self.book.values.index_copy(0, index, own[None])
                     loss = losses_of(self.model, [item])[0]
-                curve.append(round(float(loss), 4))
+                curve.append(round(float(loss.detach()), 4))
                 if curve[-1] < config.stop or not loss.requires_grad:
                     break
                 (leaf.grad,) = torch.autograd.grad(loss, [leaf])
