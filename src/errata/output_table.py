@@ -141,10 +141,10 @@ class OutputTable:
         not go together.
         """
         placed = self._placed(parts)
-        loaded = {id(part) for load in self._loads.values() for _, part in load if isinstance(part, Routed)}
-        if twice := [part for part in parts if id(part) in loaded]:
+        loaded = {edit for _, part in self._whole() if isinstance(part, Routed) for edit in part.edits}
+        if twice := loaded & {edit for part in parts if isinstance(part, Routed) for edit in part.edits}:
             raise RequestError(
-                f"the adapter of the edit {twice[0].edits[0]} is attached to this model already; detach it first"
+                f"the adapter of the edit {min(twice)} is attached to this model already; detach it first"
             )
         self._check_together([*self._whole(), *placed])
         about = {key: edit for known in self._abouts.values() for edit, key in known.items()}
@@ -281,12 +281,15 @@ class OutputTable:
                 f"expected batches of {len(self._rows)} rows, as many as patches were attached by row, found {len(x)}; where "
                 "generation repeats rows (beams, num_return_sequences), list each patch as often, one after another"
             )
-        return torch.cat(
-            [
-                each.get(i, shared)(x[i : i + 1], y[i : i + 1], lambda place, i=i: asking(place, x, now)[i : i + 1])
-                for i in range(len(x))
-            ]
-        )
+        new = []
+        for i in range(len(x)):
+            own = slice(i, i + 1)
+
+            def at(place: Place, own: slice = own) -> Tensor:
+                return asking(place, x, now)[own]
+
+            new.append(each.get(i, shared)(x[own], y[own], at))
+        return torch.cat(new)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = (kwargs.get("input_ids"), *args[:1], kwargs.get("inputs_embeds"))

@@ -29,7 +29,7 @@ from errata.patch import Patch, check_fits
 class AdapterConfig:
     """Settings of an adapter.
 
-    layer: negative from the end; None for one near two thirds of the depth; site: the linear map, a role of the anatomy or
+    layer: negative from the end; None for one near three quarters of the depth; site: the linear map, a role of the anatomy or
     a path in the block; replace: see `Place` (published: "all"). steps, lr: Adam's, for each request; stop: nats at which a
     request is done, 0 for never. skip: leave out what the model already says. ending: text that the model is to say behind the
     new object.

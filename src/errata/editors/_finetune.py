@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -142,8 +141,9 @@ class Tuner:
     def train(self, items: Sequence[Row], penalty: Penalty | None = None, epochs: int | None = None) -> dict[str, Any]:
         """Optimise on the items with a fresh optimiser; notes for the report: mean loss of each epoch, nats, and the steps made."""
         config, curve, made = self.config, list[float](), 0
-        optimizer = {"adam": torch.optim.Adam, "rmsprop": partial(torch.optim.RMSprop)}[config.optimizer]
-        stepping = optimizer(list(self.deltas.values()), lr=config.lr)
+        values = list(self.deltas.values())
+        adam = config.optimizer == "adam"
+        stepping: Any = torch.optim.Adam(values, config.lr) if adam else torch.optim.RMSprop(values, config.lr)
         for _ in range(epochs or config.steps):
             if config.until == "says" and curve and all(self.says(items)):
                 break

@@ -112,9 +112,9 @@ def rome_layer(model: nn.Module) -> int:
 
 
 def late_layer(model: nn.Module) -> int:
-    """A layer near two thirds of the depth, where a query tells what is asked (GRACE: 35 of GPT-2 XL's 48), never the last."""
+    """A layer near three quarters of the depth, where a query tells what is asked (35 of GPT-2 XL's 48), never the last."""
     n_layers = anatomy(model).n_layers
-    return max(0, min(round(n_layers * 2 / 3), n_layers - 2))
+    return max(0, min(round(0.75 * n_layers), n_layers - 2))
 
 
 def memit_layers(model: nn.Module) -> tuple[int, ...]:

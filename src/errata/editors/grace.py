@@ -45,8 +45,8 @@ AHEAD = 64  # requests whose values are searched as one batch
 class GRACEConfig:
     """Settings of GRACE.
 
-    layer: negative from the end; None for one near two thirds of the depth; site: the linear map, a role of the anatomy or a
-    path in the block. key: the token that asks, the prompt's "last" or the "subject"'s (only where each token asks for
+    layer: negative from the end; None for one near three quarters of the depth; site: the linear map, a role of the anatomy or
+    a path in the block. key: the token that asks, the prompt's "last" or the "subject"'s (only where each token asks for
     itself); replace: see `Place`. radius: of a new ball (the paper's epsilon), activation units; None for 0.6 |key|. start:
     "warm", the map's own output or "cold" U[0, 1); training: plain "gradient" descent or with N(0, noise) added to the value
     at each step ("perturbed"). steps, lr (Adam's, activation units), stop (nats, 0 for never), norm: weight of the penalty
