@@ -63,7 +63,7 @@ class GRACEConfig:
     start: Literal["warm", "cold"] = "warm"
     training: Literal["gradient", "perturbed"] = "gradient"
     noise: float = 1.0
-    steps: int = 60
+    steps: int = 100
     lr: float = 3.0
     stop: float = 0.05
     norm: float = 0.0
@@ -104,7 +104,7 @@ class GRACEConfig:
 
 _PUBLISHED: dict[str, Any] = {
     "radius": 1.0, "replace": "prompt", "start": "cold", "stop": 0.0, "expand": "coverage", "guard": False,
-    "defer": "nearest", "match": "mean", "same": 0.0, "skip": False, "steps": 100, "lr": 1.0,
+    "defer": "nearest", "match": "mean", "same": 0.0, "skip": False, "lr": 1.0,
 }  # fmt: skip
 
 
