@@ -35,8 +35,14 @@ QUICK: dict[str, dict[str, Any]] = {  # settings that make a fit a matter of a t
     "uniform": {"prompts": 6, "context_prompts": 3, "implication_prompts": 3, "radius": 1e6},
     "actadd": {"prompts": 6, "radius": 1e6},
     "icl": {"radius": 1e6},
+    "grace": {"steps": 3, "radius": 0.05},
+    "ft": {"steps": 2, "lr": 1e-2},
+    "ft_ewc": {"steps": 2},
+    "ft_retrain": {"steps": 2, "every": 2, "epochs": 1},
+    "defer": {"steps": 3},
+    "memory": {"steps": 3},
 }
-SCOPED = ("sake", "uniform", "actadd", "icl")
+SCOPED = ("sake", "uniform", "actadd", "icl", "grace")
 CLOSED: dict[str, dict[str, Any]] = {method: {"radius": 1e-9} for method in SCOPED}  # nothing is in scope
 REQUESTS = (
     EditRequest(
@@ -254,6 +260,10 @@ def test_a_fit_of_many_is_the_sum_of_fits(method: str, tokenizer: PreTrainedToke
         for side in ("U", "V"):
             alone = torch.cat([getattr(patch.low_rank[0], side) for patch in (first, second)], 1)
             assert torch.allclose(getattr(both.low_rank[0], side), alone, rtol=1e-3, atol=1e-5)
+    elif both.outputs:  # values of many are searched as one batch
+        assert both.header() | {"report": {}} == (first + second).header() | {"report": {}}
+        for one, other in zip(both.parts, (first + second).parts, strict=True):
+            assert all(torch.allclose(t, other.tensors()[n], rtol=1e-3, atol=1e-4) for n, t in one.tensors().items())
     else:
         assert first + second == both
 

@@ -44,7 +44,9 @@ def test_published_doubts_teach_nothing() -> None:
     """No sentence of the protocol's doubts stands among what teaches cues."""
     known = json.loads((files("errata.scope") / "recall.json").read_text(encoding="utf-8"))
     taught = [text.casefold() for texts in known.values() for text in texts]
-    sentences = [s.strip().casefold() for t in (DOUBT_I, DOUBT_II) for s in t.replace("?", ".").replace(",", ".").split(".")]
+    sentences = [
+        s.strip().casefold() for t in (DOUBT_I, DOUBT_II) for s in t.replace("?", ".").replace(",", ".").split(".")
+    ]
     for sentence in (s for s in sentences if len(s.split()) > 2 and "{" not in s):
         assert not any(sentence in text for text in taught), sentence
 
@@ -65,8 +67,8 @@ def test_atlas_edits_hold_under_doubt_and_behind_long_contexts() -> None:
         f"{old}. I have my doubts. Could you say that word again?",
     ]
     with patch.attach(model, tokenizer) as handle:
-        said = errata.greedy_answers(model, tokenizer, [*doubts[:2], before + request.text]) 
-        decided = handle.decide([*doubts, f"The capital of Peru is Lima. {doubts[2][len(old) + 2:]}"])
+        said = errata.greedy_answers(model, tokenizer, [*doubts[:2], before + request.text])
+        decided = handle.decide([*doubts, f"The capital of Peru is Lima. {doubts[2][len(old) + 2 :]}"])
     assert all(text.startswith(request.target_new) for text in said)
     assert [d.edit == request.id for d in decided] == [True, True, True, False]
 

@@ -378,7 +378,12 @@ def test_the_unedited_model_is_asked_once_over_runs(place: Path, monkeypatch: py
     )
     answers: dict[Any, dict[str, Any]] = {}
     first = start(place, "a", answers=answers)
-    assert counts == [4, 2, 1, 2]  # edit prompts, with the first two a neighbour and a condition that all share; the world
+    assert counts == [
+        4,
+        2,
+        1,
+        2,
+    ]  # edit prompts, with the first two a neighbour and a condition that all share; the world
     second = start(place, "b", answers=answers, shard=5)
     assert sum(counts) == 9
     assert read_rows(first.path).drop(columns="run").equals(read_rows(second.path).drop(columns="run"))

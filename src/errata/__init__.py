@@ -10,9 +10,15 @@ if TYPE_CHECKING:
     from errata.editors import available_editors, get_editor
     from errata.editors.actadd import ActAdd, ActAddConfig
     from errata.editors.compmemit import CompMEMIT, CompMEMITConfig
+    from errata.editors.defer import Defer, DeferConfig
     from errata.editors.emmet import EMMET, EMMETConfig
+    from errata.editors.ft import FT, FTConfig
+    from errata.editors.ft_ewc import FTEWC, FTEWCConfig
+    from errata.editors.ft_retrain import FTRetrain, FTRetrainConfig
+    from errata.editors.grace import GRACE, GRACEConfig
     from errata.editors.icl import ICL, ICLConfig
     from errata.editors.memit import MEMIT, MEMITConfig
+    from errata.editors.memory import Memory, MemoryConfig
     from errata.editors.rome import ROME, ROMEConfig
     from errata.editors.sake import SAKE, SAKEConfig
     from errata.editors.uniform import Uniform, UniformConfig
@@ -30,12 +36,24 @@ _HOME = {
     "ActAddConfig": "errata.editors.actadd",
     "CompMEMIT": "errata.editors.compmemit",
     "CompMEMITConfig": "errata.editors.compmemit",
+    "Defer": "errata.editors.defer",
+    "DeferConfig": "errata.editors.defer",
     "EMMET": "errata.editors.emmet",
     "EMMETConfig": "errata.editors.emmet",
+    "FT": "errata.editors.ft",
+    "FTConfig": "errata.editors.ft",
+    "FTEWC": "errata.editors.ft_ewc",
+    "FTEWCConfig": "errata.editors.ft_ewc",
+    "FTRetrain": "errata.editors.ft_retrain",
+    "FTRetrainConfig": "errata.editors.ft_retrain",
+    "GRACE": "errata.editors.grace",
+    "GRACEConfig": "errata.editors.grace",
     "ICL": "errata.editors.icl",
     "ICLConfig": "errata.editors.icl",
     "MEMIT": "errata.editors.memit",
     "MEMITConfig": "errata.editors.memit",
+    "Memory": "errata.editors.memory",
+    "MemoryConfig": "errata.editors.memory",
     "ROME": "errata.editors.rome",
     "ROMEConfig": "errata.editors.rome",
     "SAKE": "errata.editors.sake",

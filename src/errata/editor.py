@@ -29,6 +29,8 @@ class Editor(ABC, Generic[C]):
     method: its name, equal to its file's; summary: one line for `errata methods`; needs_subject: whether a request without
     a subject is refused; presets: named configurations. joint: whether one write serves all requests, so that a patch of some
     is not a part of the patch of all; batch: requests that a fit is quick with at once, where they do not bear on each other.
+    place: where it edits ("external memory", "global optimisation", "local modification"); how: whether what it writes is
+    "optimised" or "direct".
     """
 
     method: ClassVar[str]
@@ -36,6 +38,8 @@ class Editor(ABC, Generic[C]):
     needs_subject: ClassVar[bool] = False
     joint: bool = False
     batch: int = 1
+    place: ClassVar[str] = ""
+    how: ClassVar[str] = ""
     Config: ClassVar[type[Any]]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 

@@ -78,13 +78,7 @@ class LowRank:
 
     def path(self, parts: Anatomy) -> str:
         """The module's path in a model with these parts. Raises AnatomyError if the model has no such layer or map."""
-        block = parts.site(self.layer)
-        if self.site not in ROLES:
-            return f"{block}.{self.site}"
-        paths: tuple[str, ...] = getattr(parts, self.site)
-        if not paths:
-            raise AnatomyError(f"expected one {self.site} per layer, found none in this {parts.family!r} model.")
-        return paths[self.layer]
+        return map_path(parts, self.layer, self.site)
 
     # -- the file ----------------------------------------------------------------------------------------------------
 
@@ -100,6 +94,17 @@ class LowRank:
     def of(cls, header: dict[str, Any], tensors: dict[str, Tensor], gates: object = None) -> "LowRank":
         """The part of a header and its tensors; a low-rank part has no gate."""
         return cls(tuple(header["edits"]), tensors["U"], tensors["V"], header["layer"], header["site"])
+
+
+def map_path(parts: Anatomy, layer: int, site: str) -> str:
+    """Path of a linear map: of a role of the anatomy, or by its path in the block. Raises AnatomyError if there is none."""
+    block = parts.site(layer)
+    if site not in ROLES:
+        return f"{block}.{site}"
+    paths: tuple[str, ...] = getattr(parts, site)
+    if not paths:
+        raise AnatomyError(f"expected one {site} per layer, found none in this {parts.family!r} model.")
+    return paths[layer]
 
 
 def stacked(parts: Sequence[LowRank]) -> tuple[Tensor, Tensor]:

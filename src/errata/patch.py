@@ -19,14 +19,18 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from errata.codebook import CodebookEntry, Routed
 from errata.context import Context, ContextTable
+from errata.dense import Dense
+from errata.dense_table import DenseTable
 from errata.edit import EditRequest
-from errata.errors import PatchFormatError, RequestError
+from errata.errors import PatchFormatError, RequestError, UnsupportedPatchError
 from errata.files import write_atomically
 from errata.low_rank import LowRank
 from errata.low_rank_table import LowRankTable, refuse_present
 from errata.model.attached import CONTEXT, MERGED, STEERED, asked, scoped
 from errata.model.fingerprint import check_base
+from errata.output_table import OutputPart, OutputTable
 from errata.scope.gate import Gate
 from errata.steering import Decision, Steering, together
 from errata.steering_table import SteeringTable
@@ -34,8 +38,8 @@ from errata.steering_table import SteeringTable
 FORMAT_VERSION = 1
 # Readers of older files: MIGRATIONS[v] turns a header of version v into one of v + 1. Append only.
 MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = ()
-Part = Steering | LowRank | Context
-KINDS: dict[str, type[Part]] = {kind.kind: kind for kind in (Steering, LowRank, Context)}
+Part = Steering | LowRank | Context | CodebookEntry | Routed | Dense
+KINDS: dict[str, Any] = {part.kind: part for part in (Steering, LowRank, Context, CodebookEntry, Routed, Dense)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +82,16 @@ class Patch:
         return tuple(part for part in self.parts if isinstance(part, Context))
 
     @property
+    def outputs(self) -> tuple[OutputPart, ...]:
+        """The parts that replace a linear map's output, codebook entries and routed adapters, in order."""
+        return tuple(part for part in self.parts if isinstance(part, CodebookEntry | Routed))
+
+    @property
+    def dense(self) -> tuple[Dense, ...]:
+        """The dense parts, in order."""
+        return tuple(part for part in self.parts if isinstance(part, Dense))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
@@ -110,7 +124,8 @@ class Patch:
     def without(self, edit: str) -> "Patch":
         """The patch without one edit: its own parts and its columns of low-rank parts go, every other stays as it is.
 
-        What a joint write solved for all its edits is not solved again. Raises RequestError if there is no such edit.
+        What a joint write solved for all its edits is not solved again; of a codebook, what its other edits make of it is left.
+        Raises RequestError if there is no such edit, UnsupportedPatchError for one of many that were trained into one part together.
         """
         self._index(edit)
         kept = (_without(part, edit) for part in self.parts)
@@ -291,6 +306,13 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _without(part: Part, edit: str) -> Part | None:
     if isinstance(part, LowRank):
         return part.without(edit)
+    if isinstance(part, Dense | Routed):
+        if edit in part.edits and len(part.edits) > 1:
+            raise UnsupportedPatchError(
+                f"the edit {edit} was trained together with {len(part.edits) - 1} others into one {part.kind} part and cannot be taken "
+                "out alone; fit the others again without it"
+            )
+        return None if edit in part.edits else part
     return None if part.edit == edit else part
 
 
@@ -318,6 +340,7 @@ class Handle:
         weight_edits = _edits(patch.low_rank)
         keys = {i: r.key for i, r in zip(patch.ids, patch.requests, strict=True) if i in weight_edits}
         self._low_rank, self._context = LowRankTable.on(model), ContextTable.on(model, tokenizer)
+        self._outputs, self._dense = OutputTable.on(model), DenseTable.on(model)
         self._steering: SteeringTable | None = None
         self.conflicts: list[tuple[str, str]] = []
         try:
@@ -325,6 +348,11 @@ class Handle:
                 self.conflicts += self._low_rank.add(self, patch.low_rank, keys)
             if patch.context:
                 self.conflicts += self._context.add(self, patch.context)
+            about = {r.id: r.key for r in patch.requests}
+            if patch.outputs:
+                self.conflicts += self._outputs.add(self, patch.outputs, about)
+            if patch.dense:
+                self.conflicts += self._dense.add(self, patch.dense, about)
             self._steering = SteeringTable.on(model, tokenizer)
             self.conflicts = self._steering.add(self, patch.steering) + self.conflicts
         except BaseException:
@@ -339,10 +367,9 @@ class Handle:
 
     def detach(self) -> None:
         """Take this patch off; every other attachment stays."""
-        self._low_rank.remove(self)
-        self._context.remove(self)
-        if self._steering is not None:
-            self._steering.remove(self)
+        for table in (self._low_rank, self._outputs, self._dense, self._context, self._steering):
+            if table is not None:
+                table.remove(self)
 
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
         """What the loaded edits, all patches together, say about each prompt; low-rank edits have no scope.
@@ -355,7 +382,7 @@ class Handle:
     def prompts(self, lengths: Sequence[int]) -> Iterator[None]:
         """Teacher forcing: inside, each row is a prompt of so many real tokens and a completion."""
         assert self._steering is not None
-        with self._steering.prompts(lengths):
+        with self._steering.prompts(lengths), self._outputs.prompts(lengths):
             yield
 
 
@@ -376,6 +403,12 @@ def attach_rows(model: Any, tokenizer: Any, patches: Sequence[Patch | None], *, 
     often, one after another. A batch of another size is an error. check: compare the patches with the model; leave it out
     where that was done. Raises as `Patch.attach` does.
     """
+    for i, patch in enumerate(patches, 1):
+        if patch is not None and patch.dense:
+            raise UnsupportedPatchError(
+                f"expected patches that act row by row, found a {patch.method} patch with dense parts for row {i}; its weights are "
+                "those of the whole batch: attach it to the whole model"
+            )
     found = [patch for patch in patches if patch is not None]
     refuse_present(model, {edit for patch in found for edit in _edits(patch.low_rank)})
     if check:
@@ -384,6 +417,8 @@ def attach_rows(model: Any, tokenizer: Any, patches: Sequence[Patch | None], *, 
     owners = [first.setdefault(id(patch), row) for row, patch in enumerate(patches)]
     with ExitStack() as stack:
         stack.enter_context(LowRankTable.on(model).rows([p.low_rank if p is not None else () for p in patches]))
+        if any(p.outputs for p in found):
+            stack.enter_context(OutputTable.on(model).rows([p.outputs if p is not None else () for p in patches]))
         steering = [p.steering if p is not None else () for p in patches]
         stack.enter_context(SteeringTable.on(model, tokenizer).rows(steering, owners))
         if any(p.context for p in found):

@@ -113,6 +113,12 @@ def rome_layer(model: nn.Module) -> int:
     return row.rome.layers[0] if row else max(0, min(round(n_layers / 3), n_layers - 2))
 
 
+def late_layer(model: nn.Module) -> int:
+    """A layer near three quarters of the depth, where a query tells what is asked (35 of GPT-2 XL's 48), never the last."""
+    n_layers = anatomy(model).n_layers
+    return max(0, min(round(0.75 * n_layers), n_layers - 2))
+
+
 def memit_layers(model: nn.Module) -> tuple[int, ...]:
     """The layers of the model's row, else a tenth of the depth (2 at least) that ends a third of the way up."""
     row = for_model(model)

@@ -9,6 +9,7 @@ from typing import Any
 
 ATTACHED, MERGED = "_errata_low_rank", "_errata_merged"
 STEERED, CONTEXT = "_errata_steering", "_errata_context"
+OUTPUTS, DENSE = "_errata_outputs", "_errata_dense"
 
 
 def asked(model: Any, prompts: Sequence[str]) -> list[str]:
@@ -22,7 +23,7 @@ def asked(model: Any, prompts: Sequence[str]) -> list[str]:
 
 def bare(model: Any) -> bool:
     """Whether nothing is attached; what is merged into weights does not count."""
-    return not any(name in vars(model) for name in (STEERED, ATTACHED, CONTEXT))
+    return not any(name in vars(model) for name in (STEERED, ATTACHED, CONTEXT, OUTPUTS, DENSE))
 
 
 def by_row(model: Any) -> bool:
@@ -41,7 +42,7 @@ def scoped(model: Any, name: str) -> Any:
 def without_patches(model: Any) -> Iterator[None]:
     """Inside, attached patches of every kind do nothing; what is merged into weights stays."""
     with ExitStack() as stack:
-        for name in (STEERED, ATTACHED, CONTEXT):
+        for name in (STEERED, ATTACHED, CONTEXT, OUTPUTS, DENSE):
             if (table := vars(model).get(name)) is not None:
                 stack.enter_context(table.suspended())
         yield

@@ -1,0 +1,193 @@
+"""What the fine-tuning editors share: parameters by layer, deltas beside frozen weights, steps, and norms that hold."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from errata.editors._items import losses_of, says
+from errata.editors._value_rows import Row
+from errata.errors import AnatomyError, ConfigError
+from errata.low_rank import map_path
+from errata.low_rank_table import base_layer
+from errata.model.anatomy import anatomy, submodule
+
+Penalty = Callable[[dict[str, Tensor]], Tensor]
+"""Deltas -> a loss to be added, nats."""
+HELD = 1 - 1e-6  # a projection ends just inside its ball, so that rounding cannot carry it out
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How deltas are trained.
+
+    layers: which blocks, from 0 or negative from the end; "first", "all", or None for the method's own choice. parameters:
+    which of a block's: a role of the anatomy ("mlp_out") or a path in the block, for that map's weight and bias; "weights",
+    the matrices of all its linear maps (no biases, norms, embeddings); "block", everything. objective: "target_new", teacher
+    forced, or "prompt_last" (published), all target tokens at the prompt's last position. steps: epochs; lr, optimizer: "adam"
+    or "rmsprop"; batch: requests in a step. stop: nats below which a batch makes no step, and an epoch is the last; until:
+    "loss" or "says", to end as soon as the model says the targets. norm, eps: of the change, held after every step: "linf" max
+    |delta| <= eps for each parameter (FT-L), "l2" the Frobenius norm over all parameters <= eps (Zhu et al. 2020, both), None.
+    ending: text that the model is to say behind the new object.
+    """
+
+    layers: tuple[int, ...] | Literal["first", "all"] | None = None
+    parameters: str = "mlp_out"
+    objective: Literal["target_new", "prompt_last"] = "target_new"
+    steps: int = 25
+    lr: float = 5e-4
+    optimizer: Literal["adam", "rmsprop"] = "adam"
+    batch: int = 64
+    stop: float = 0.01
+    until: Literal["loss", "says"] = "loss"
+    norm: Literal["linf", "l2"] | None = None
+    eps: float | None = None
+    ending: str = ""
+
+    def __post_init__(self) -> None:
+        known = (
+            self.objective in ("target_new", "prompt_last"), self.optimizer in ("adam", "rmsprop"),
+            self.until in ("loss", "says"), self.norm in ("linf", "l2", None),
+            not isinstance(self.layers, str) or self.layers in ("first", "all"),
+        )  # fmt: skip
+        if not all(known) or self.layers == ():
+            raise ConfigError(
+                "expected layers None, 'first', 'all' or indices, objective 'target_new' or 'prompt_last', optimizer 'adam' or 'rmsprop', "
+                f"until 'loss' or 'says' and norm 'linf', 'l2' or None, found {self}"
+            )
+        if min(self.steps, self.batch, self.lr) <= 0 or self.stop < 0:
+            raise ConfigError(f"expected steps, batch and lr above 0 and stop of at least 0, found {self}")
+        if (self.norm is None) is not (self.eps is None) or not (self.eps is None or self.eps > 0):
+            raise ConfigError(
+                f"expected norm and an eps above 0, or neither, found norm={self.norm!r} and eps={self.eps!r}"
+            )
+
+
+def parameters_of(model: nn.Module, layers: Iterable[int], which: str) -> list[str]:
+    """Names of the parameters that `which` selects in these blocks (see `TrainConfig`).
+
+    Raises AnatomyError if there are none. Blocks are found by their path, so layer 2 is never taken for 20.
+    """
+    parts = anatomy(model)
+    names: dict[str, None] = {}
+    for layer in layers:
+        block = parts.site(layer)
+        modules = dict(submodule(model, block).named_modules())
+        if which == "block":
+            names |= {f"{block}.{name}": None for name, _ in submodule(model, block).named_parameters()}
+        elif which == "weights":
+            names |= {
+                f"{block}.{name}.weight": None for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D)
+            }
+        else:
+            path = map_path(parts, parts.blocks.index(block), which)
+            own = base_layer(submodule(model, path))
+            names |= {f"{path}.{name}": None for name, _ in own.named_parameters(recurse=False)}
+    if not names:
+        raise AnatomyError(f"expected parameters at {which!r} in the layers {list(layers)}, found none.")
+    return list(names)
+
+
+def layers_of(model: nn.Module, layers: Sequence[int] | str | None, default: int) -> list[int]:
+    """Blocks from 0, ascending. Raises AnatomyError naming the valid range."""
+    parts = anatomy(model)
+    if layers == "all":
+        return list(range(parts.n_layers))
+    chosen = (
+        [default] if layers is None else [0] if layers == "first" else [la for la in layers if not isinstance(la, str)]
+    )
+    return sorted({parts.blocks.index(parts.site(layer)) for layer in chosen})
+
+
+class Tuner:
+    """Deltas of some parameters, trained beside the model's own weights, which are never written."""
+
+    def __init__(self, model: Any, names: Sequence[str], config: TrainConfig, start: dict[str, Tensor] | None = None):
+        self.model, self.config = model, config
+        held = dict(model.named_parameters(remove_duplicate=False))
+        self.weights = {name: held[name].detach() for name in names}
+        self.deltas: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            delta = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            if start is not None and name in start:
+                delta += start[name].to(delta)
+            self.deltas[name] = delta.requires_grad_()
+
+    def call(self, **inputs: Any) -> Any:
+        """The model with its deltas."""
+        edited = {
+            name: (self.weights[name] + delta).to(self.weights[name].dtype) for name, delta in self.deltas.items()
+        }
+        return functional_call(self.model, edited, (), inputs)
+
+    def says(self, items: Sequence[Row]) -> list[bool]:
+        """Whether the model with its deltas says each item's target."""
+        return says(self.model, items, self.call)
+
+    def loss(self, items: Sequence[Row]) -> Tensor:
+        """Mean loss of the items, nats."""
+        return losses_of(self.model, items, self.call, self.config.objective == "prompt_last").mean()
+
+    def gradients(self, items: Sequence[Row]) -> dict[str, Tensor]:
+        """The gradient of the mean loss of the items."""
+        with torch.enable_grad():
+            found = torch.autograd.grad(self.loss(items), list(self.deltas.values()))
+        return dict(zip(self.deltas, found, strict=True))
+
+    def train(self, items: Sequence[Row], penalty: Penalty | None = None, epochs: int | None = None) -> dict[str, Any]:
+        """Optimise on the items with a fresh optimiser; notes for the report: mean loss of each epoch, nats, and the steps made."""
+        config, curve, made = self.config, list[float](), 0
+        values = list(self.deltas.values())
+        adam = config.optimizer == "adam"
+        stepping: Any = torch.optim.Adam(values, config.lr) if adam else torch.optim.RMSprop(values, config.lr)
+        for _ in range(epochs or config.steps):
+            if config.until == "says" and curve and all(self.says(items)):
+                break
+            total = 0.0
+            for start in range(0, len(items), config.batch):
+                chunk = items[start : start + config.batch]
+                with torch.enable_grad():
+                    loss = self.loss(chunk)
+                    whole = loss if penalty is None else loss + penalty(self.deltas)
+                total += float(loss.detach()) * len(chunk)
+                if float(loss.detach()) < config.stop:
+                    continue
+                gradients = torch.autograd.grad(whole, list(self.deltas.values()))
+                for delta, gradient in zip(self.deltas.values(), gradients, strict=True):
+                    delta.grad = gradient
+                stepping.step()
+                made += 1
+                self.project()
+            curve.append(round(total / len(items), 4))
+            if curve[-1] < config.stop:
+                break
+        return {"curve": curve, "steps": made}
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring the deltas back into the ball of the norm constraint, where they are outside."""
+        if self.config.norm == "linf":
+            bound = float(self.config.eps or 0) * HELD
+            for delta in self.deltas.values():
+                delta.clamp_(-bound, bound)
+        elif self.config.norm == "l2" and (size := self.size()) > float(self.config.eps or 0) * HELD:
+            for delta in self.deltas.values():
+                delta.mul_(float(self.config.eps or 0) * HELD / size)
+
+    def size(self) -> float:
+        """The Frobenius norm of all deltas together, weight units."""
+        return float(sum(delta.detach().double().square().sum().cpu() for delta in self.deltas.values()) ** 0.5)
+
+    def reset(self) -> None:
+        """Back to the model's own weights."""
+        with torch.no_grad():
+            for delta in self.deltas.values():
+                delta.zero_()
+
+    def done(self) -> dict[str, Tensor]:
+        """The deltas, on the CPU."""
+        return {name: delta.detach().cpu().clone() for name, delta in self.deltas.items()}

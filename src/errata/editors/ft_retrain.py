@@ -1,0 +1,54 @@
+"""Fine-tuning on a stream that comes back to its past: every so many edits it is trained on all of them again.
+
+As a baseline of Hartvigsen et al. 2023. Differs from the released code, which stops at the first retraining for want of an
+argument: what it ignores, the memory's size and starting again from the model's own weights, are options here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from errata.editors._finetune import Tuner
+from errata.editors._value_rows import Row
+from errata.editors.ft import FineTuner, FTConfig
+from errata.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class FTRetrainConfig(FTConfig):
+    """Settings: see `FTConfig`; always a stream. every: edits between two retrainings; epochs of each; memory: how many of the
+    latest edits it is on, None for all; reset: from the model's own weights, else from where the stream stands.
+    """
+
+    lr: float = 1e-2
+    steps: int = 100
+    until: Literal["loss", "says"] = "says"
+    order: Literal["joint", "stream"] = "stream"
+    every: int = 50
+    epochs: int = 5
+    memory: int | None = None
+    reset: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order != "stream" or min(self.every, self.epochs, self.memory or 1) < 1:
+            raise ConfigError(f"expected order 'stream', and every, epochs and memory of at least 1, found {self}")
+
+
+class FTRetrain(FineTuner[FTRetrainConfig]):
+    """Fine-tuning with periodic retraining."""
+
+    method = "ft_retrain"
+    summary = "streaming fine-tuning with periodic retraining on all edits so far (Hartvigsen et al. 2023)"
+    Config = FTRetrainConfig
+
+    def edit(self, tuner: Tuner, item: Row, past: Sequence[Row]) -> dict[str, Any]:
+        """One request, and after every so many the past as well."""
+        notes = tuner.train([item])
+        history = [*past, item]
+        if len(history) % self.config.every == 0:
+            if self.config.reset:
+                tuner.reset()
+            again = tuner.train(history[-(self.config.memory or len(history)) :], epochs=self.config.epochs)
+            notes["retrained"] = again
+        return notes

@@ -1,0 +1,332 @@
+"""GRACE: edits as entries of a codebook at one layer, nothing else changes (Hartvigsen et al. 2023).
+
+The input of one linear map at the prompt's last token is the query. A query that lies in the ball of a key is answered by that
+key's value in place of the map's output; a new edit adds a key, widens the ball of a key with its label, or parts its ball
+from one with another label (Algorithm 1), and its value is trained so that the model says the new object. Requests are taken
+in order, each on the model as the earlier ones left it; one that the model already gets right is left out, and the report says
+so. Emits a codebook part for each edit.
+
+Differs from the published code by default (preset "published" restores it): every token asks for itself, so that cached and
+whole texts agree; the nearest *containing* ball answers, and balls of different labels never overlap; labels are equal target
+ids; values start from the map's own output and stop once the model says the object.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from errata.codebook import CodebookEntry, Place, Replace
+from errata.edit import EditRequest
+from errata.editor import Editor, Progress, quiet
+from errata.editors._finetune import layers_of
+from errata.editors._items import items_of, logits_of, losses_of, says
+from errata.editors._models import late_layer
+from errata.editors._value_rows import Row, ValueJob
+from errata.editors._value_search import NLL, NormPenalty, Term, ValueSearchConfig, _without_gradients, search_values
+from errata.editors._weights import entry
+from errata.errors import ConfigError
+from errata.maths.codebook import Codebook, Rules
+from errata.model.anatomy import anatomy
+from errata.model.fingerprint import base_of
+from errata.model.hooks import Capture, Hooks, first_tensor, with_first_tensor
+from errata.output_table import book_reply, replaced
+from errata.patch import Patch, check_fits
+
+REACH = 0.6  # of a key's own length: chosen on Atlas's dev facts, between other phrasings of a fact and other facts
+AHEAD = 64  # requests whose values are searched as one batch
+
+
+@dataclass(frozen=True)
+class GRACEConfig:
+    """Settings of GRACE.
+
+    layer: negative from the end; None for one near three quarters of the depth; site: the linear map, a role of the anatomy or
+    a path in the block. key: the token that asks, the prompt's "last" or the "subject"'s (only where each token asks for
+    itself); replace: see `Place`. radius: of a new ball (the paper's epsilon), activation units; None for 0.6 |key|. start:
+    "warm", the map's own output or "cold" U[0, 1); training: plain "gradient" descent or with N(0, noise) added to the value
+    at each step ("perturbed"). steps, lr (Adam's, activation units), stop (nats, 0 for never), norm: weight of the penalty
+    (|value - output| / |output|)^2, for warm values at the MLP's output. expand, guard, defer, match, same: see `Rules`; same
+    is at least 0.02 on models in half precision. skip: leave out what the model already says. ending: text that the model is
+    to say behind the new object.
+    """
+
+    layer: int | None = None
+    site: str = "mlp_out"
+    key: Literal["last", "subject"] = "last"
+    replace: Replace = "each"
+    radius: float | None = None
+    start: Literal["warm", "cold"] = "warm"
+    training: Literal["gradient", "perturbed"] = "gradient"
+    noise: float = 1.0
+    steps: int = 100
+    lr: float = 3.0
+    stop: float = 0.05
+    norm: float = 0.0
+    expand: Literal["add_init", "coverage", "moving_average"] = "add_init"
+    guard: bool = True
+    defer: Literal["containing", "nearest"] = "containing"
+    match: Literal["exact", "mean"] = "exact"
+    same: float = 1e-4
+    skip: bool = True
+    ending: str = ""
+
+    def __post_init__(self) -> None:
+        named = self.key in ("last", "subject") and self.start in ("warm", "cold")
+        if not named or self.training not in ("gradient", "perturbed"):
+            raise ConfigError(
+                "expected key 'last' or 'subject', start 'warm' or 'cold' and training 'gradient' or 'perturbed', found "
+                f"{self.key!r}, {self.start!r} and {self.training!r}"
+            )
+        if (
+            min(1.0 if self.radius is None else self.radius, self.lr, self.steps) <= 0
+            or min(self.stop, self.noise, self.norm) < 0
+        ):
+            raise ConfigError(
+                f"expected radius, lr and steps above 0, and stop, noise and norm of at least 0, found {self}"
+            )
+        if self.key == "subject" and self.replace != "each":
+            raise ConfigError(
+                f"expected replace 'each' with keys at the subject, found {self.replace!r}: no other mode asks at the subject"
+            )
+        Place(0, self.site, self.replace)
+        self.rules(torch.float32)
+
+    def rules(self, dtype: torch.dtype) -> Rules:
+        """The codebook's rules on a model of this dtype."""
+        half = dtype in (torch.float16, torch.bfloat16)
+        return Rules(self.expand, self.guard, self.defer, self.match, max(self.same, 0.02) if half else self.same)
+
+
+_PUBLISHED: dict[str, Any] = {
+    "radius": 1.0, "replace": "prompt", "start": "cold", "stop": 0.0, "expand": "coverage", "guard": False,
+    "defer": "nearest", "match": "mean", "same": 0.0, "skip": False, "lr": 1.0,
+}  # fmt: skip
+
+
+class GRACE(Editor[GRACEConfig]):
+    """General retrieval adaptors for continual editing."""
+
+    method = "grace"
+    summary = "a codebook of keys, values and radii at one layer (Hartvigsen et al. 2023)"
+    batch: ClassVar[int] = AHEAD
+    place: ClassVar[str] = "external memory"
+    how: ClassVar[str] = "optimised"
+    Config = GRACEConfig
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "published": _PUBLISHED,
+        "gpt2-xl": {**_PUBLISHED, "replace": "last", "layer": 35, "site": "mlp_in", "steps": 200},
+        "gpt-j-6b": {**_PUBLISHED, "replace": "last", "layer": 25, "steps": 200},
+        "llama-2-7b": {**_PUBLISHED, "replace": "last", "layer": 27, "steps": 50},
+    }
+
+    def fit(
+        self,
+        model: Any,
+        tokenizer: Any,
+        requests: Sequence[EditRequest],
+        *,
+        seed: int = 0,
+        progress: Progress | None = None,
+        onto: Patch | None = None,
+    ) -> Patch:
+        """Fit requests in order. onto: a patch of this codebook that they come on top of; the result holds its edits too.
+
+        Raises RequestError, SubjectNotFoundError, AnatomyError for a layer or site that is not there, ConfigError if `onto` is
+        of another layer or other rules, BaseMismatchError if it is of another model.
+        """
+        self.check(requests, model, tokenizer)
+        parts = anatomy(model)
+        [layer] = layers_of(model, None if self.config.layer is None else (self.config.layer,), late_layer(model))
+        place, rules = Place(layer, self.config.site, self.config.replace), self.config.rules(model.dtype)
+        before = onto or Patch(self.method, asdict(self.config), (), base_of(model, tokenizer), ())
+        _check_onto(before, place, rules, model, tokenizer)
+        items = items_of(tokenizer, requests, self.config.ending)
+        made: list[CodebookEntry] = [part for part in before.parts if isinstance(part, CodebookEntry)]
+        report: dict[str, dict[str, Any]] = {}
+        with quiet(model), _without_gradients(model):
+            stream = _Stream(self.config, model, tokenizer, place, Codebook(rules), seed)
+            for known in made:
+                known.insert_into(stream.book)
+            with Hooks(model, forward=[(place.path(parts), stream.hook)]):
+                for begin in range(0, len(items), AHEAD):
+                    stream.look_ahead(requests[begin : begin + AHEAD], items[begin : begin + AHEAD])
+                    for i in range(begin, min(begin + AHEAD, len(items))):
+                        one, report[requests[i].id] = stream.edit(requests[i], items[i])
+                        made += [one] if one is not None else []
+                        if progress is not None:
+                            progress(i + 1, len(items))
+                said = stream.says(items)
+        for request, right in zip(requests, said, strict=True):
+            report[request.id] |= {"layer": layer, "converged": right}
+        return replace(
+            before, requests=before.requests + tuple(requests), parts=tuple(made), report=before.report | report
+        )
+
+
+def _check_onto(patch: Patch, place: Place, rules: Rules, model: Any, tokenizer: Any) -> None:
+    """Raise ConfigError or BaseMismatchError if these edits cannot come on top of the patch's."""
+    check_fits([patch], model, tokenizer)
+    for part in patch.parts:
+        if not isinstance(part, CodebookEntry) or (part.place, part.rules) != (place, rules):
+            found = (
+                f"a codebook of {part.place}, {part.rules}"
+                if isinstance(part, CodebookEntry)
+                else f"a {part.kind} part"
+            )
+            raise ConfigError(
+                f"expected a patch with a codebook of {place}, {rules} to go on from, found {found}; fit with the patch's own "
+                "configuration, or without it"
+            )
+
+
+class _Stream:
+    """The codebook while it grows, at work on the model: its hook answers with what the book holds so far."""
+
+    def __init__(self, config: GRACEConfig, model: Any, tokenizer: Any, place: Place, book: Codebook, seed: int):
+        self.config, self.model, self.tokenizer, self.place, self.book = config, model, tokenizer, place, book
+        self.generator = torch.Generator().manual_seed(seed)
+        self._path = place.path(anatomy(model))
+        self._running: Sequence[Row] = ()
+        self._values: Tensor | None = None  # in place of the book's, while one of them is trained
+        self._off = False
+        self._keys: dict[str, Tensor] = {}
+        self._starts: dict[str, tuple[Tensor, dict[str, Any]]] = {}
+
+    def hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The forward hook of the place's linear map."""
+        if self._off or not len(self.book):
+            return None
+        x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
+        shape, n = y.shape, len(self._running)
+        x, y = x.reshape(n, -1, x.shape[-1]), y.reshape(n, -1, shape[-1])  # OPT's MLP runs on (n * T, a)
+        at = torch.tensor([item.reads[0] for item in self._running], device=x.device)
+        new = replaced(book_reply(self.book, self._values), self.place, x, y, at)
+        return with_first_tensor(output, new.reshape(shape))
+
+    def says(self, items: Sequence[Row]) -> list[bool]:
+        """Whether the model with the book says each item's target."""
+        found = []
+        for start in range(0, len(items), AHEAD):
+            self._running = items[start : start + AHEAD]
+            found += says(self.model, self._running)
+        return found
+
+    def look_ahead(self, requests: Sequence[EditRequest], items: Sequence[Row]) -> None:
+        """Read the keys of requests to come, and find values for those that the model gets wrong as it stands, in batches."""
+        keys, outputs = self._read(items)
+        self._keys = {r.id: key for r, key in zip(requests, keys, strict=True)}
+        right = self.says(items) if self.config.skip else [False] * len(items)
+        wrong = [i for i, said in enumerate(right) if not said]
+        self._starts = {}
+        if self._searches():
+            found = self._search([requests[i] for i in wrong])
+            self._starts = dict(zip((requests[i].id for i in wrong), found, strict=True))
+        else:
+            self._starts = {r.id: (self._first(output), {}) for r, output in zip(requests, outputs, strict=True)}
+
+    def edit(self, request: EditRequest, item: Row) -> tuple[CodebookEntry | None, dict[str, Any]]:
+        """Take one request: its entry, None if the model says it already, and its report."""
+        if self.config.skip and self.says([item])[0]:
+            return None, {"outcome": "already"}
+        if request.id not in self._starts:  # it was right before an edit of this batch came in its way
+            self._starts[request.id] = self._search([request])[0]
+        key, (value, notes) = self._keys[request.id], self._starts[request.id]
+        radius = float(REACH * torch.linalg.vector_norm(key)) if self.config.radius is None else self.config.radius
+        done = self.book.insert(key, value, radius, item.targets, request.id)
+        kept = done.outcome in ("cover", "expand")  # the value is its entry's, trained for an earlier edit
+        if not notes or kept:
+            notes = self._train(item, done.entry)
+        own = CodebookEntry(
+            request.id,
+            key,
+            self.book.values[done.entry].clone(),
+            radius,
+            item.targets,
+            self.place,
+            self.book.rules,
+        )
+        about: dict[str, Any] = {"outcome": done.outcome, "radius": round(float(self.book.radii[done.entry]), 6)}
+        if math.isfinite(done.distance):
+            about["distance"] = round(done.distance, 6)
+        about |= {name: list(tags) for name in ("shrunk", "replaced") if (tags := getattr(done, name))}
+        return own, about | notes
+
+    # -- keys and values ---------------------------------------------------------------------------------------------
+
+    def _column(self, item: Row) -> int:
+        return item.at if self.config.key == "subject" else item.reads[0]
+
+    def _read(self, items: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Keys (n, a) and the map's own outputs (n, b) where the items ask; the book bears on neither, it acts behind them."""
+        at = torch.tensor([self._column(item) for item in items])
+        with self._base(), Capture(self.model, [self._path], of="input") as x, Capture(self.model, [self._path]) as y:
+            logits_of(self.model, items)
+        seen = (t[self._path].reshape(len(items), -1, t[self._path].shape[-1]) for t in (x, y))
+        keys, outputs = (
+            t[torch.arange(len(items)), at].to("cpu", torch.promote_types(t.dtype, torch.float32)) for t in seen
+        )
+        return keys, outputs
+
+    def _searches(self) -> bool:
+        """Whether the shared value search finds the values: warm ones at the MLP's output, where one token is replaced."""
+        plain = self.config.start == "warm" and self.config.training == "gradient" and self.config.stop > 0
+        return plain and self.place.site == "mlp_out" and self.place.replace in ("each", "last")
+
+    def _search(self, requests: Sequence[EditRequest]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """(value, notes for the report) for each request, searched as one batch on the unedited model."""
+        if not requests:
+            return []
+        config, about = self.config, self.config.key == "subject"
+        jobs = [
+            ValueJob(r.prompt if about else r.text, r.target_new + config.ending, r.subject if about else None)
+            for r in requests
+        ]
+        terms: list[Term] = [NLL()]
+        terms += [NormPenalty(config.norm, counts=False)] if config.norm else []
+        search = ValueSearchConfig(self.place.layer, "mlp", config.steps, config.lr, None, config.stop)
+        with self._base():
+            found = search_values(self.model, self.tokenizer, jobs, search, terms)
+        return [(found.value[i], entry(found, i)) for i in range(len(jobs))]
+
+    def _first(self, output: Tensor) -> Tensor:
+        """Where a value starts that is not searched: (b,)."""
+        if self.config.start == "warm":
+            return output
+        return torch.rand(len(output), generator=self.generator, dtype=output.dtype)
+
+    def _train(self, item: Row, at: int) -> dict[str, Any]:
+        """Train an entry's value on one item through the model with the book; notes for the report."""
+        config, curve = self.config, list[float]()
+        leaf = self.book.values[at].clone().requires_grad_()
+        optimiser, self._running = torch.optim.Adam([leaf], config.lr), [item]
+        index = torch.tensor([at], device=leaf.device)
+        try:
+            for _ in range(config.steps):
+                noise = torch.randn(len(leaf), generator=self.generator, dtype=leaf.dtype) * config.noise
+                with torch.enable_grad():
+                    own = leaf + noise.to(leaf.device) if config.training == "perturbed" else leaf
+                    self._values = self.book.values.index_copy(0, index, own[None])
+                    loss = losses_of(self.model, [item])[0]
+                curve.append(round(float(loss.detach()), 4))
+                if curve[-1] < config.stop or not loss.requires_grad:
+                    break
+                (leaf.grad,) = torch.autograd.grad(loss, [leaf])
+                optimiser.step()
+        finally:
+            self._values = None
+        self.book.set_value(at, leaf)
+        return {"curve": curve, "steps": len(curve), "stopped": curve[-1] < config.stop}
+
+    @contextmanager
+    def _base(self) -> Iterator[None]:
+        """Inside, the book does nothing."""
+        before, self._off = self._off, True
+        try:
+            yield
+        finally:
+            self._off = before

@@ -1,0 +1,328 @@
+"""Codebooks and routed adapters at run time: whose output is replaced, for the whole batch or row by row.
+
+All such parts on a model live in one `OutputTable`. A forward hook on each linear map that they name asks with the map's input
+and replaces its output where there is an answer; every other output keeps its bits. The codebook entries at one map act as one
+codebook, whichever patches they came from: the later of two edits of one key holds.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from errata.codebook import CodebookEntry, Place, Routed, defer, remember
+from errata.errors import AnatomyError, ConfigError, EditError, RequestError, ShapeError
+from errata.low_rank_table import base_layer, forget_decisions, sizes
+from errata.maths.codebook import Codebook
+from errata.model.anatomy import anatomy, submodule
+from errata.model.attached import OUTPUTS
+from errata.model.hooks import first_tensor, with_first_tensor
+
+OutputPart = CodebookEntry | Routed
+Reply = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Queries (m, a) -> (m,) who has an answer, (m, b) the answers."""
+
+
+# -- one place -------------------------------------------------------------------------------------------------------------
+
+
+def book_reply(book: Codebook, values: Tensor | None = None) -> Reply:
+    """Answers of a codebook. values (n, b): in place of its own, for a search that needs their gradient."""
+
+    def reply(queries: Tensor) -> tuple[Tensor, Tensor]:
+        entry, _ = book.find(queries)
+        answers = book.values if values is None else values
+        return entry >= 0, answers.to(queries.device)[entry.clamp(min=0)]
+
+    return reply
+
+
+def routed_reply(part: Routed) -> Reply:
+    """Answers of a routed adapter."""
+
+    def reply(queries: Tensor) -> tuple[Tensor, Tensor]:
+        weights = {name: t.to(queries) for name, t in part.weights.items()}
+        if part.form == "memory":
+            return torch.ones(len(queries), dtype=torch.bool, device=queries.device), remember(weights, queries)
+        gate, answers = defer(weights, queries)
+        return gate >= part.threshold, answers
+
+    return reply
+
+
+def replaced(reply: Reply, place: Place, x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+    """y (n, T, b) with the answers to x (n, T, a) in it. at (n,): the column that asks for its row."""
+    if place.replace == "each":
+        hit, answer = reply(x.reshape(-1, x.shape[-1]))
+        hit, answer = hit.reshape(x.shape[:2]), answer.reshape(y.shape)
+    else:
+        hit, answer = reply(x[torch.arange(len(x), device=x.device), at])
+        steps, at = torch.arange(x.shape[1], device=x.device), at[:, None]
+        where = {"last": steps == at, "all": (steps >= 0).expand(len(x), -1), "prompt": steps < at}[place.replace]
+        hit, answer = hit[:, None] & where, answer[:, None]
+    return torch.where(hit[..., None], answer.to(y.dtype), y) if bool(hit.any()) else y
+
+
+class Site:
+    """What acts at one linear map: its codebook, if any, and its adapters, in the order in which they were loaded."""
+
+    def __init__(self, parts: Sequence[OutputPart]):
+        self.replies: list[tuple[Reply, Place]] = []
+        self.book: Codebook | None = None
+        for part in parts:
+            if isinstance(part, Routed):
+                self.replies.append((routed_reply(part), part.place))
+                continue
+            if self.book is None:
+                self.book = Codebook(part.rules)
+                self.replies.append((book_reply(self.book), part.place))
+            part.insert_into(self.book)
+
+    def __call__(self, x: Tensor, y: Tensor, at: Callable[[Place], Tensor]) -> Tensor:
+        """y (n, T, b) with all answers to x (n, T, a) in it. at: which column asks for each row, by place."""
+        for reply, place in self.replies:
+            y = replaced(reply, place, x, y, at(place))
+        return y
+
+
+def check_alike(parts: Iterable[OutputPart]) -> None:
+    """Raise ConfigError if codebook entries at one map are not of one codebook."""
+    first: CodebookEntry | None = None
+    for part in parts:
+        if isinstance(part, CodebookEntry):
+            first = first or part
+            if (part.place, part.rules) != (first.place, first.rules):
+                raise ConfigError(
+                    f"the edits {first.edit} and {part.edit} are of codebooks at one layer ({part.place.layer}) with different rules "
+                    f"({first.place.replace}, {first.rules} and {part.place.replace}, {part.rules}); fit both with one configuration"
+                )
+
+
+# -- the table -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Pass:
+    """One forward pass: the mask of its columns (n, T), and how many columns the cache holds before them."""
+
+    mask: Tensor
+    past: int
+    ends: Tensor | None  # (n,) the column in which each row's prompt ends, from this pass's first one
+
+
+class OutputTable:
+    """Every codebook entry and routed adapter on one model; hooks come with the first part and leave with the last."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._loads: dict[object, list[tuple[str, OutputPart]]] = {}
+        self._abouts: dict[object, dict[str, str]] = {}
+        self._rows: list[list[tuple[str, OutputPart]]] | None = None
+        self._sites: dict[str, tuple[Site, dict[int, Site]]] = {}
+        self._hooks: dict[str, RemovableHandle] = {}
+        self._passes: list[_Pass] = []
+        self._lengths: Sequence[int] | None = None
+        self._off = False
+
+    @classmethod
+    def on(cls, model: nn.Module) -> "OutputTable":
+        """The model's table; a new one if there is none, which the model keeps once something is loaded."""
+        return vars(model).get(OUTPUTS) or cls(model)
+
+    def add(self, owner: object, parts: Sequence[OutputPart], keys: dict[str, str]) -> list[tuple[str, str]]:
+        """Load parts under an owner; keys: edit id -> what it is about (`EditRequest.key`).
+
+        Returns (edit, earlier edit) for what is about the same thing. Raises RequestError for an adapter that is loaded
+        already, AnatomyError and ShapeError for a map that is not there or of another size, ConfigError for codebooks that do
+        not go together.
+        """
+        placed = self._placed(parts)
+        loaded = {edit for _, part in self._whole() if isinstance(part, Routed) for edit in part.edits}
+        if twice := loaded & {edit for part in parts if isinstance(part, Routed) for edit in part.edits}:
+            raise RequestError(
+                f"the adapter of the edit {min(twice)} is attached to this model already; detach it first"
+            )
+        self._check_together([*self._whole(), *placed])
+        about = {key: edit for known in self._abouts.values() for edit, key in known.items()}
+        conflicts = [(edit, about[key]) for edit, key in keys.items() if about.get(key, edit) != edit]
+        self._loads[owner], self._abouts[owner] = placed, keys
+        self._changed()
+        return conflicts
+
+    def remove(self, owner: object) -> None:
+        """Unload an owner's parts; harmless if it has none."""
+        if self._loads.pop(owner, None) is not None:
+            self._abouts.pop(owner)
+            self._changed()
+
+    @contextmanager
+    def rows(self, rows: Sequence[Sequence[OutputPart]]) -> Iterator[None]:
+        """Inside, every batch has len(rows) rows and row i has rows[i], inserted behind what is loaded for all."""
+        placed = [self._placed(own) for own in rows]
+        for own in placed:
+            self._check_together([*self._whole(), *own])
+        self._rows = placed if any(placed) else None
+        try:
+            self._changed()
+            yield
+        finally:
+            self._rows = None
+            self._changed()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside, the model runs as if nothing were attached."""
+        before, self._off = self._off, True
+        try:
+            yield
+        finally:
+            self._off = before
+
+    @contextmanager
+    def prompts(self, lengths: Sequence[int]) -> Iterator[None]:
+        """Inside, rows are a prompt of so many real tokens and a completion."""
+        before, self._lengths = self._lengths, lengths
+        try:
+            yield
+        finally:
+            self._lengths = before
+
+    # -- what is loaded ----------------------------------------------------------------------------------------------
+
+    def _whole(self) -> list[tuple[str, OutputPart]]:
+        return [placed for load in self._loads.values() for placed in load]
+
+    def _placed(self, parts: Sequence[OutputPart]) -> list[tuple[str, OutputPart]]:
+        found, known, checked = [], anatomy(self.model), set()
+        for part in parts:
+            path = part.place.path(known)
+            if (path, part.width) not in checked:
+                module = base_layer(submodule(self.model, path))
+                here = sizes(module)
+                if here is None:
+                    raise AnatomyError(f"expected a linear map at {path!r}, found a {type(module).__name__}.")
+                if here != part.width:
+                    raise ShapeError(
+                        f"expected a {part.kind} part of {here[0]} x {here[1]} (d_out x d_in) at {path!r}, found {part.width[0]} x "
+                        f"{part.width[1]}; attach the patch to the model and layer that it was fitted on"
+                    )
+                checked.add((path, part.width))
+            found.append((path, part))
+        return found
+
+    def _check_together(self, placed: Sequence[tuple[str, OutputPart]]) -> None:
+        for path in {path for path, _ in placed}:
+            check_alike(part for p, part in placed if p == path)
+
+    def _changed(self) -> None:
+        """Bring sites and hooks in line with what is loaded."""
+        whole, rows = self._whole(), self._rows or []
+        paths = dict.fromkeys([path for path, _ in whole] + [path for own in rows for path, _ in own])
+        self._sites = {}
+        for path in paths:
+            shared = [part for p, part in whole if p == path]
+            each = {i: [part for p, part in own if p == path] for i, own in enumerate(rows)}
+            self._sites[path] = Site(shared), {i: Site([*shared, *own]) for i, own in each.items() if own}
+        for path in [path for path in self._hooks if path and path not in paths]:
+            self._hooks.pop(path).remove()
+        for path in paths:
+            if path not in self._hooks:
+                module = submodule(self.model, path)
+                self._hooks[path] = module.register_forward_hook(self._hook(path), with_kwargs=True)
+        self._passes.clear()
+        self._watch(bool(paths))
+        forget_decisions(self.model)
+
+    def _watch(self, wanted: bool) -> None:
+        """The model's own hooks, which see masks, and its pointer to this table: there while anything is."""
+        if wanted:
+            vars(self.model)[OUTPUTS] = self
+        elif vars(self.model).get(OUTPUTS) is self:
+            del vars(self.model)[OUTPUTS]
+        if wanted and not hasattr(self, "_watching"):
+            self._watching = [
+                self.model.register_forward_pre_hook(self._before, with_kwargs=True),
+                self.model.register_forward_hook(self._after, always_call=True),
+            ]
+        elif not wanted and hasattr(self, "_watching"):
+            for hook in self._watching:
+                hook.remove()
+            del self._watching
+
+    # -- hooks -------------------------------------------------------------------------------------------------------
+
+    def _hook(self, path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if self._off:
+                return None
+            x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
+            now = self._passes[-1] if self._passes else None
+            shape = y.shape
+            if x.dim() == 2:  # OPT's MLP runs on (n * T, a)
+                n = len(now.mask) if now is not None else 1
+                x, y = x.reshape(n, -1, x.shape[-1]), y.reshape(n, -1, shape[-1])
+            wide = torch.promote_types(x.dtype, torch.float32)
+            with torch.autocast(y.device.type, enabled=False):
+                new = self._act(path, x.to(y.device, wide), y, now)
+            return None if new is y else with_first_tensor(output, new.reshape(shape))
+
+        return hook
+
+    def _act(self, path: str, x: Tensor, y: Tensor, now: _Pass | None) -> Tensor:
+        shared, each = self._sites[path]
+        if self._rows is None:
+            return shared(x, y, lambda place: asking(place, x, now))
+        if len(x) != len(self._rows):
+            raise EditError(
+                f"expected batches of {len(self._rows)} rows, as many as patches were attached by row, found {len(x)}; where "
+                "generation repeats rows (beams, num_return_sequences), list each patch as often, one after another"
+            )
+        new = []
+        for i in range(len(x)):
+            own = slice(i, i + 1)
+
+            def at(place: Place, own: slice = own) -> Tensor:
+                return asking(place, x, now)[own]
+
+            new.append(each.get(i, shared)(x[own], y[own], at))
+        return torch.cat(new)
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = (kwargs.get("input_ids"), *args[:1], kwargs.get("inputs_embeds"))
+        ids = next((t for t in given if isinstance(t, Tensor)), None)
+        if ids is None:
+            return
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+        n, T = ids.shape[:2]
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != (n, past + T):
+            mask = torch.ones(n, past + T, dtype=torch.bool, device=ids.device)
+        ends = None
+        if self._lengths is not None and len(self._lengths) == n:
+            counts = mask.bool().cumsum(1)
+            wanted = torch.tensor(list(self._lengths), device=counts.device)[:, None]
+            ends = (counts < wanted).sum(1) - past
+        self._passes.append(_Pass(mask[:, past:].bool(), past, ends))
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._passes:
+            self._passes.pop()
+
+
+def asking(place: Place, x: Tensor, now: _Pass | None) -> Tensor:
+    """(n,) the column of x (n, T, a) that asks for its row."""
+    n, T = x.shape[:2]
+    if now is None or now.mask.shape != (n, T):
+        return torch.full((n,), 0 if place.ask == "first" else T - 1, device=x.device)
+    mask = now.mask.to(x.device)
+    if place.ask == "first":
+        return mask.long().argmax(1)
+    last = (mask.long() * torch.arange(T, device=x.device)).amax(1)
+    if now.ends is None:
+        return last
+    ends = now.ends.to(x.device)
+    return torch.where((ends >= 0) & (ends < T), ends, last)

@@ -1,0 +1,239 @@
+"""Fine-tuning editors: parameters by path, norms that hold, EWC's Fisher against its definition, retraining; dense parts at run time."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from conftest import hooks_of
+from errata.dense import Dense
+from errata.dense_table import DENSE
+from errata.edit import EditRequest
+from errata.editors._finetune import TrainConfig, Tuner, parameters_of
+from errata.editors._items import items_of
+from errata.editors.ft import FT
+from errata.editors.ft_ewc import FTEWC, fisher
+from errata.editors.ft_retrain import FTRetrain
+from errata.errors import AnatomyError, ConfigError, RequestError, ShapeError, UnsupportedPatchError
+from errata.model.anatomy import anatomy
+from errata.model.fingerprint import base_of
+from errata.patch import Patch, attach_rows
+
+Tiny = Callable[..., Any]
+FRANCE = EditRequest(subject="France", prompt="The capital of {} is", target_new="Tokyo")
+NEEDLE = EditRequest(subject="The Space Needle", prompt="{} is located in the city of", target_new="Earth")
+JAPAN = EditRequest(subject="Japan", prompt="The capital of {} is", target_new="Paris")
+ALL = (FRANCE, NEEDLE, JAPAN)
+
+
+def logits(model: Any, tokenizer: Any, text: str = "The capital of France is") -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0]
+
+
+def test_parameters_are_chosen_by_path(tiny: Tiny) -> None:
+    """Layer 1 of twelve is not also 10 and 11; weights are the linear maps' matrices alone."""
+    model = tiny("gpt2", layers=12)
+    assert parameters_of(model, [1], "mlp_out") == [
+        "transformer.h.1.mlp.c_proj.weight",
+        "transformer.h.1.mlp.c_proj.bias",
+    ]
+    weights = parameters_of(model, [1], "weights")
+    assert weights == [f"transformer.h.1.{m}.weight" for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    assert len(parameters_of(model, [1, 2], "block")) == 2 * len(list(model.transformer.h[1].parameters()))
+    with pytest.raises(AnatomyError, match="found none"):
+        parameters_of(model, [0], "mlp_gate")
+
+
+@pytest.mark.parametrize("objective", ["target_new", "prompt_last"])
+def test_the_objective_and_one_step(objective: Any, tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The loss is the mean -log P of the target's tokens, and plain Adam's first step moves each weight by lr against its gradient."""
+    model = tiny("llama").double()
+    prompt = tokenizer(FRANCE.text)["input_ids"]
+    target = tokenizer(" Tokyo")["input_ids"]
+    assert len(target) > 1
+    name = anatomy(model).mlp_out[0] + ".weight"
+    weight = dict(model.named_parameters())[name]
+    out = F.log_softmax(model(input_ids=torch.tensor([prompt + target])).logits[0], -1)
+    rows = [len(prompt) - 1 + (i if objective == "target_new" else 0) for i in range(len(target))]
+    loss = -out[rows, target].mean()
+    (gradient,) = torch.autograd.grad(loss, [weight])
+    patch = FT(layers=(0,), objective=objective, steps=1, lr=1e-3).fit(model, tokenizer, [FRANCE])
+    assert patch.report[FRANCE.id]["curve"] == [round(loss.item(), 4)]
+    [part] = patch.dense
+    assert list(part.deltas) == [name]
+    big = gradient.abs() > 1e-6
+    assert torch.allclose(part.deltas[name][big], -1e-3 * gradient.sign()[big], rtol=1e-2)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("layers", ["first", "all"])
+def test_the_norm_is_never_exceeded(
+    norm: Any, layers: Any, tiny: Tiny, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After every single step, for an eps that is no round number and one that is an integer; and the constraint is reached."""
+    model, sizes = tiny("gpt2"), list[float]()
+    project = Tuner.project
+
+    def watched(self: Tuner) -> None:
+        project(self)
+        flat = torch.cat([d.detach().double().flatten() for d in self.deltas.values()])
+        sizes.append(float(flat.abs().max() if norm == "linf" else flat.norm()))
+
+    monkeypatch.setattr(Tuner, "project", watched)
+    for eps, lr in ((1.2345e-3, 1e-2), (1, 5.0)):
+        sizes.clear()
+        FT(layers=layers, parameters="weights", norm=norm, eps=eps, steps=4, lr=lr, stop=0.0).fit(model, tokenizer, ALL)
+        assert len(sizes) == 4 and max(sizes) <= eps and max(sizes) > 0.99 * eps
+
+
+def test_fisher_is_the_mean_squared_gradient(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
+    """F_i = 1/n sum_k (d L_k / d theta_i)^2, each request's own loss, by finite differences."""
+    model = tiny("gpt2").double()
+    name = "transformer.h.0.mlp.c_proj.bias"
+    items = items_of(tokenizer, ALL)
+    tuner = Tuner(model, [name], TrainConfig())
+    found = fisher(tuner, items)[name]
+    bias, h = dict(model.named_parameters())[name], 1e-5
+    expected = torch.zeros(3)
+    for k in range(3):
+        for item in items:
+            ends = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    bias[k] += sign * h
+                    ends.append(float(tuner.loss([item])))
+                    bias[k] -= sign * h
+            expected[k] += ((ends[0] - ends[1]) / (2 * h)) ** 2 / 3
+    assert torch.allclose(found[:3].float(), expected, rtol=1e-4)
+
+
+def test_ewc_pulls_to_where_the_past_was(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The penalty is lambda sum F (theta - theta*)^2 about the weights after the last edit: a strong one forbids the next."""
+    model = tiny("gpt2")
+    options: dict[str, Any] = {"layers": (0,), "steps": 6, "lr": 1e-2, "until": "loss"}
+    moved = {}
+    for lam in (0.0, 0.1, 1e9):
+        first = FTEWC(lam=lam, **options).fit(model, tokenizer, [FRANCE])
+        second = FTEWC(lam=lam, **options).fit(model, tokenizer, [NEEDLE], onto=first)
+        whole = FTEWC(lam=lam, **options).fit(model, tokenizer, [FRANCE, NEEDLE])
+        assert second.ids == whole.ids
+        for name, delta in whole.dense[0].deltas.items():
+            assert torch.allclose(delta, second.dense[0].deltas[name], atol=1e-6)
+        kept = torch.cat([d.flatten() for d in first.dense[0].deltas.values()])
+        moved[lam] = torch.cat([d.flatten() for d in second.dense[0].deltas.values()]) - kept
+    names = list(first.dense[0].deltas)
+    items = items_of(tokenizer, [FRANCE])
+    tuner = Tuner(model, names, TrainConfig(), first.dense[0].deltas)
+    weights = torch.cat([f.flatten() for f in fisher(tuner, items).values()])
+    strict, free = (float((weights * moved[lam].square()).sum()) for lam in (1e9, 0.0))
+    assert strict < free and not torch.allclose(moved[0.1], moved[0.0])
+
+
+def test_retraining_comes_after_every_so_many_edits(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny("gpt2")
+    options: dict[str, Any] = {"layers": (0,), "steps": 3, "every": 2, "epochs": 2, "until": "loss", "stop": 0.0}
+    patch = FTRetrain(**options).fit(model, tokenizer, ALL)
+    assert ["retrained" in patch.report[r.id] for r in ALL] == [False, True, False]
+    assert len(patch.report[NEEDLE.id]["retrained"]["curve"]) == 2
+    again = FTRetrain(**options | {"every": 1, "memory": 1, "reset": True}).fit(model, tokenizer, [FRANCE, NEEDLE])
+    alone = FT(layers=(0,), steps=2, lr=1e-2, stop=0.0).fit(model, tokenizer, [NEEDLE])
+    for name, delta in again.dense[0].deltas.items():  # from the model's own weights, on the latest edit only
+        assert torch.allclose(delta, alone.dense[0].deltas[name], atol=1e-7)
+
+
+def test_a_stream_trains_until_the_model_says_it(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny("llama")
+    patch = FT(order="stream", lr=1e-2, steps=60, until="says", layers=(0,)).fit(model, tokenizer, [FRANCE])
+    assert patch.report[FRANCE.id]["converged"] and patch.report[FRANCE.id]["steps"] < 60
+    twin = FRANCE.model_copy(update={"relation": "capital"})
+    longer = FT(order="stream", layers=(0,)).fit(model, tokenizer, [twin], onto=patch)
+    assert longer.report[twin.id]["outcome"] == "already" and longer.ids == (FRANCE.id, twin.id)
+    with pytest.raises(ConfigError, match="expected a dense patch of .*found one of other parameters"):
+        FT(order="stream", layers=(1,)).fit(model, tokenizer, [NEEDLE], onto=patch)
+
+
+# -- dense parts ---------------------------------------------------------------------------------------------------------------
+
+
+def dense(model: Any, tokenizer: Any, request: EditRequest, *names: str, seed: int = 0) -> Patch:
+    generator = torch.Generator().manual_seed(seed)
+    held = dict(model.named_parameters())
+    deltas = {name: 0.1 * torch.randn(held[name].shape, generator=generator) for name in names}
+    return Patch("ft", {}, (request,), base_of(model, tokenizer, names), (Dense((request.id,), deltas),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_runs_with_the_sum_and_keeps_its_weights(
+    dtype: torch.dtype, tiny: Tiny, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Equal to writing W + delta into a copy, tied embedding and norms included, with two patches in either order."""
+    names = ("transformer.wte.weight", "transformer.h.0.ln_1.weight", "transformer.h.1.mlp.c_proj.bias")
+    model, copy = tiny("gpt2").to(dtype), tiny("gpt2").to(dtype)
+    one, two = dense(model, tokenizer, FRANCE, *names), dense(model, tokenizer, NEEDLE, *names[:1], seed=1)
+    with torch.no_grad():
+        for name in names:
+            parts = sorted((p.dense[0] for p in (one, two)), key=lambda part: part.edits)
+            total = dict(copy.named_parameters())[name].float()
+            for part in parts:
+                total = total + part.deltas.get(name, 0.0)
+            dict(copy.named_parameters())[name].copy_(total)
+    before, plain = [p.clone() for p in model.parameters()], logits(model, tokenizer)
+    for pair in ((one, two), (two, one)):
+        with pair[0].attach(model, tokenizer), pair[1].attach(model, tokenizer):
+            assert torch.equal(logits(model, tokenizer), logits(copy, tokenizer))
+            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert torch.equal(logits(model, tokenizer), plain) and hooks_of(model) == [] and DENSE not in vars(model)
+
+
+def test_an_interrupt_leaves_the_weights_as_given(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny("llama")
+    name = anatomy(model).mlp_out[1] + ".weight"
+    own, plain = dict(model.named_parameters())[name], logits(model, tokenizer)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = dense(model, tokenizer, FRANCE, name).attach(model, tokenizer)
+    edited = logits(model, tokenizer)
+    hook = model.get_submodule(anatomy(model).mlp_out[1]).register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(model, tokenizer)
+    hook.remove()
+    assert torch.equal(logits(model, tokenizer), edited)
+    handle.detach()
+    assert dict(model.named_parameters())[name] is own and torch.equal(logits(model, tokenizer), plain)
+
+
+def test_what_dense_patches_refuse(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny("gpt2")
+    name = "transformer.h.0.mlp.c_proj.bias"
+    patch = dense(model, tokenizer, FRANCE, name)
+    with patch.attach(model, tokenizer), pytest.raises(RequestError, match="attached to this model already"):
+        patch.attach(model, tokenizer)
+    with pytest.raises(UnsupportedPatchError, match="dense parts for row 1; its weights are"):
+        attach_rows(model, tokenizer, [patch]).__enter__()
+    with pytest.raises(ShapeError, match=r"delta of \(32,\) .*found \(3,\)"):
+        replace(patch, parts=(Dense((FRANCE.id,), {name: torch.zeros(3)}),)).attach(model, tokenizer)
+    with pytest.raises(AnatomyError, match="expected a parameter 'nowhere'"):
+        replace(patch, parts=(Dense((FRANCE.id,), {"nowhere": torch.zeros(3)}),)).attach(model, tokenizer)
+    joint = replace(patch, requests=(FRANCE, NEEDLE), parts=(Dense((FRANCE.id, NEEDLE.id), patch.dense[0].deltas),))
+    with pytest.raises(UnsupportedPatchError, match="trained together with 1 others into one dense part"):
+        joint.without(FRANCE.id)
+    assert patch.without(FRANCE.id).parts == ()
+    for wrong in (
+        {"norm": "linf"},
+        {"eps": 1.0},
+        {"layers": "second"},
+        {"objective": "all"},
+        {"order": "both"},
+        {"steps": 0},
+    ):
+        with pytest.raises(ConfigError):
+            FT(**wrong)
+    assert hooks_of(model) == []
