@@ -110,14 +110,15 @@ class Patch:
     def only(self, edit: str) -> "Patch":
         """The patch of one of the edits. Raises RequestError if there is no such edit.
 
-        It is what a fit of that edit by itself would have made only where edits are fitted independently.
+        It is what a fit of that edit by itself would have made only where edits are fitted independently. Raises
+        UnsupportedPatchError for one of many that were trained into one part together.
         """
         at = self._index(edit)
-        kept = (part.only(edit) if isinstance(part, LowRank) else part for part in self.parts)
+        kept = (_only(part, edit) for part in self.parts)
         return replace(
             self,
             requests=(self.requests[at],),
-            parts=tuple(p for p in kept if p is not None and (isinstance(p, LowRank) or p.edit == edit)),
+            parts=tuple(part for part in kept if part is not None),
             report={k: v for k, v in self.report.items() if k == edit},
         )
 
@@ -187,8 +188,7 @@ class Patch:
         return {name: t.detach().cpu().contiguous() for name, t in named.items()}
 
     def _gates(self) -> dict[str, Gate]:
-        parts = [part for part in self.parts if not isinstance(part, LowRank)]
-        return {part.gate.digest: part.gate for part in parts if part.gate is not None}
+        return {part.gate.digest: part.gate for part in (*self.steering, *self.context) if part.gate is not None}
 
     def header(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON values."""
@@ -303,17 +303,28 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
+def _only(part: Part, edit: str) -> Part | None:
+    if isinstance(part, LowRank):
+        return part.only(edit)
+    return part if _is_about(part, edit) else None
+
+
 def _without(part: Part, edit: str) -> Part | None:
     if isinstance(part, LowRank):
         return part.without(edit)
-    if isinstance(part, Dense | Routed):
-        if edit in part.edits and len(part.edits) > 1:
-            raise UnsupportedPatchError(
-                f"the edit {edit} was trained together with {len(part.edits) - 1} others into one {part.kind} part and cannot be taken "
-                "out alone; fit the others again without it"
-            )
-        return None if edit in part.edits else part
-    return None if part.edit == edit else part
+    return None if _is_about(part, edit) else part
+
+
+def _is_about(part: Steering | Context | CodebookEntry | Routed | Dense, edit: str) -> bool:
+    """Whether a part is an edit's. Raises UnsupportedPatchError if it is others' as well."""
+    if not isinstance(part, Dense | Routed):
+        return part.edit == edit
+    if edit in part.edits and len(part.edits) > 1:
+        raise UnsupportedPatchError(
+            f"the edit {edit} was trained together with {len(part.edits) - 1} others into one {part.kind} part and cannot be taken "
+            "out alone; fit the others again without it"
+        )
+    return edit in part.edits
 
 
 def _edits(parts: Sequence[LowRank]) -> set[str]:

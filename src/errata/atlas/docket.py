@@ -14,7 +14,7 @@ from typing import Any
 
 from errata.atlas.names import ENDINGS, SYLLABLES
 from errata.atlas.world import Mark, Split, read_json, share
-from errata.bench.schemas import Row
+from errata.bench.data.records import Row
 
 EARLY, LATE = range(1950, 1990), range(1990, 2020)  # years: upstream, edit stream
 MARKS: tuple[Mark, ...] = ("fit", "probe")

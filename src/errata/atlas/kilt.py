@@ -17,7 +17,7 @@ from pydantic import Field
 from errata.atlas import render
 from errata.atlas.claims import LABELS, another_object, claim, hard_objects, same_name
 from errata.atlas.world import Fact, Split, World, link
-from errata.bench.schemas import Row
+from errata.bench.data.records import Row
 from errata.model.generate import greedy_answers
 from errata.model.labels import label_logits, label_names
 

@@ -124,17 +124,11 @@ class Pieces:
 
     @classmethod
     def of_atlas(cls) -> "Pieces":
-        """Atlas's ordinary sentences, its own facts in `probe` wordings, and questions about them with their answers."""
-        from errata.atlas import render
+        """What Atlas has for contexts that judge: no sentence of theirs has calibrated a gate."""
+        from errata.atlas.probes import context_pieces
         from errata.atlas.world import load_world
 
-        world = load_world()
-        facts = [(f, world.phrasings[f.relation]) for f in world.facts]
-        stated = [f"{render.place('', p.cloze['probe'][0], f.subject)} {f.object}." for f, p in facts]
-        asked = [
-            f"User: {render.place('', p.question['probe'][0], f.subject)} Assistant: {f.object}.\n" for f, p in facts
-        ]
-        return cls(world.filler, tuple(stated), tuple(asked))
+        return cls(**{kind: tuple(texts) for kind, texts in context_pieces(load_world(), "probe").items()})
 
     @classmethod
     def of_cases(cls, cases: Sequence[Case]) -> "Pieces":
@@ -209,7 +203,7 @@ def _filled(tokenizer: Any, texts: Sequence[str], length: int) -> str:
     chosen: list[str] = []
     left = length
     for start in range(0, len(texts) if length > 0 else 0, 64):
-        some = [text if text.endswith("\n") else f"{text} " for text in texts[start : start + 64]]
+        some = [text if text[-1].isspace() else f"{text} " for text in texts[start : start + 64]]
         for text, ids in zip(some, token_ids(tokenizer, [f" {text}".rstrip(" ") for text in some]), strict=True):
             if len(ids) <= left:
                 chosen.append(text)
