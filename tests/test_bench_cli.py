@@ -38,24 +38,24 @@ def test_what_there_is_and_what_there_is_not(tmp_path: Path) -> None:
 
 def test_a_small_run_goes_on_and_shows_itself(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = ("sake-counterfact", "--model", "atlas", "--methods", "sake,rome", "--n", 4, "--out", run, "--no-report")
+    words = ("sake-counterfact", "--model", "atlas", "--methods", "sake,rome", "--n", 2, "--out", run, "--no-report")
     first = bench(*words)
     assert first.exit_code == 0, first.stderr
     assert "unedited" in first.stdout and "tokens/s" in first.stdout
     spec = json.loads((run / "run.json").read_text())["spec"]
-    assert spec["n"] == 4 and list(spec["methods"]) == ["sake", "rome"] and spec["model"] == "atlas"
+    assert spec["n"] == 2 and list(spec["methods"]) == ["sake", "rome"] and spec["model"] == "atlas"
     rows = json.loads(bench("rows", run, "--where", "kind = edit", "--json").stdout)
-    assert rows["total"] == 12
+    assert rows["total"] == 6
     passed = {(r["method"], r["case"]): r["passed"] for r in rows["rows"]}
     assert [sum(p for (m, _), p in passed.items() if m == method) for method in ("unedited", "sake", "rome")] == [
         0,
-        4,
-        4,
+        2,
+        2,
     ]
     (run / "units" / "rome-0000.parquet").unlink()
     again = bench("resume", run, "--no-report", "--json")
     assert again.exit_code == 0, again.stderr
-    assert json.loads(again.stdout)["methods"]["rome"]["fits"] == 4
+    assert json.loads(again.stdout)["methods"]["rome"]["fits"] == 2
     assert json.loads(bench("rows", run, "--where", "kind = edit", "--json").stdout)["rows"] == rows["rows"]
     other = bench(*words[:-4], 5, *words[-3:])
-    assert other.exit_code == 2 and "another run (asked_n is 4 there and 5 here)" in " ".join(other.stderr.split())
+    assert other.exit_code == 2 and "another run (asked_n is 2 there and 5 here)" in " ".join(other.stderr.split())

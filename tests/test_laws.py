@@ -44,6 +44,7 @@ QUICK: dict[str, dict[str, Any]] = {  # settings that make a fit a matter of a t
 }
 SCOPED = ("sake", "uniform", "actadd", "icl", "grace")
 CLOSED: dict[str, dict[str, Any]] = {method: {"radius": 1e-9} for method in SCOPED}  # nothing is in scope
+CLOSED["grace"]["layer"] = 1  # in the first of parallel blocks a token's key is the same in any text
 REQUESTS = (
     EditRequest(
         subject="The Space Needle", prompt="{} is located in the city of", target_true="Seattle", target_new="Goa"

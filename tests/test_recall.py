@@ -11,6 +11,7 @@ import errata
 from errata.atlas.probes import context_pieces, scope_examples, unrelated_texts
 from errata.atlas.world import load_world
 from errata.bench.makers import DOUBT_I, DOUBT_II
+from errata.model.generate import greedy_answers
 from errata.model.states import states_at
 from errata.model.tokens import token_ids
 from errata.scope.gate import Gate, gate_for, load_gate, save_gate
@@ -67,7 +68,7 @@ def test_atlas_edits_hold_under_doubt_and_behind_long_contexts() -> None:
         f"{old}. I have my doubts. Could you say that word again?",
     ]
     with patch.attach(model, tokenizer) as handle:
-        said = errata.greedy_answers(model, tokenizer, [*doubts[:2], before + request.text])
+        said = greedy_answers(model, tokenizer, [*doubts[:2], before + request.text])
         decided = handle.decide([*doubts, f"The capital of Peru is Lima. {doubts[2][len(old) + 2 :]}"])
     assert all(text.startswith(request.target_new) for text in said)
     assert [d.edit == request.id for d in decided] == [True, True, True, False]

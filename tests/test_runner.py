@@ -345,7 +345,8 @@ def test_kill_9_at_any_moment_neither_repeats_nor_loses_a_case(place: Path) -> N
             told.append(process.stdout.readline().strip())
         time.sleep(pause)
         process.send_signal(signal.SIGKILL)
-        told += [line.strip() for line in process.stdout]
+        with process.stdout as rest_of_it:
+            told += [line.strip() for line in rest_of_it]
         assert process.wait() == -signal.SIGKILL
     half = RunDirectory(place / "killed")
     assert "finished" not in told and not (half.path / "summary.json").exists()

@@ -317,7 +317,7 @@ def _without(part: Part, edit: str) -> Part | None:
 
 def _is_about(part: Steering | Context | CodebookEntry | Routed | Dense, edit: str) -> bool:
     """Whether a part is an edit's. Raises UnsupportedPatchError if it is others' as well."""
-    if not isinstance(part, Dense | Routed):
+    if not isinstance(part, (Dense, Routed)):
         return part.edit == edit
     if edit in part.edits and len(part.edits) > 1:
         raise UnsupportedPatchError(

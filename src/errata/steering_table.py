@@ -39,6 +39,9 @@ from errata.scope.gate import Gate
 from errata.scope.recall import AGAIN, ASKED, kinds
 from errata.steering import Decision, Steering
 
+WORDS = 4  # last tokens by which a restated question is known
+NEAR = 1.6  # radii within which a question that ends outside every scope may still be about the nearest edit
+
 
 @dataclass
 class _Pass:
@@ -52,6 +55,7 @@ class _Pass:
     gated: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) edit whose gate is open, or CLOSED
     asked: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) whether every gate was asked
     meant: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) edit of the last question, or CLOSED
+    words: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T, WORDS) the last ids of that question
     points: dict[str, Tensor] = field(default_factory=dict)  # gate's digest -> (B, k), where each row ends
     nearest: Tensor | None = None  # (B, T) index of the nearest edit, open or not
     distance: Tensor | None = None  # (B, T) distance to it
@@ -59,10 +63,12 @@ class _Pass:
 
 
 class _Remembered(NamedTuple):
-    """What is kept of a position: by site the edit that is open and the one that the last question was about; running sums."""
+    """What is kept of a position: by site the edit that is open, and the one that the last question was about with that
+    question's last ids; running sums.
+    """
 
     gated: dict[str | int, int]
-    meant: dict[str | int, int]
+    meant: dict[str | int, tuple[int, list[int]]]
     sums: dict[str | int, Tensor]
 
 
@@ -307,10 +313,11 @@ class SteeringTable:
             if len(real) and int(real[-1]) >= done.start:
                 column = int(real[-1])
                 sums = {layer: s[row, column - done.start] for layer, s in self._sums(done).items()}
-                gated, meant = (
-                    {site: int(found[row, column - done.start]) for site, found in by_site.items()}
-                    for by_site in (done.gated, done.meant)
-                )
+                here = column - done.start
+                gated = {site: int(found[row, here]) for site, found in done.gated.items()}
+                meant = {
+                    s: (int(found[row, here]), done.words[s][row, here].tolist()) for s, found in done.meant.items()
+                }
                 self._remember(self._key(done, row, column), _Remembered(gated, meant, sums))
 
     def _read(self, layer: str | int) -> Any:
@@ -388,29 +395,37 @@ class SteeringTable:
         self._recalled(current, site, real)
 
     def _recalled(self, current: _Pass, site: str | int, real: Tensor) -> None:
-        """Where an answer is asked for again, open for the edit that the last question was about."""
+        """Where an answer is asked for again, open for the edit that the last question was about.
+
+        Another question in between closes it. That it is another one is told by its distance, and by its words: a question
+        that is restated amid other text may lie far from its scope.
+        """
         gated = current.gated[site]
-        cued = [b.gate for at, b in self._groups if at == site and b.gate.cues is not None]
-        if not cued or cued[0].cue_layer not in current.states or current.nearest is None:
-            current.meant[site] = torch.full_like(gated, CLOSED)
+        balls = next((b for at, b in self._groups if at == site and b.gate.cues is not None), None)
+        current.meant[site] = torch.full_like(gated, CLOSED)
+        words = torch.where(current.mask, current.ids, CLOSED)
+        words = torch.nn.functional.pad(words, (WORDS + 1, 0), value=CLOSED).unfold(1, WORDS, 1)[:, current.start :]
+        current.words[site] = words[:, 2:].clone()
+        if balls is None or balls.gate.cue_layer not in current.states or current.nearest is None:
             return
-        gate = cued[0]
-        assert gate.cues is not None and gate.cue_layer is not None
-        kind = kinds(current.states[gate.cue_layer], gate.cues).to(gated.device)
-        last = torch.full_like(gated[:, 0], CLOSED)
+        assert balls.gate.cues is not None and balls.gate.cue_layer is not None and current.closest is not None
+        kind = kinds(current.states[balls.gate.cue_layer], balls.gate.cues).to(gated.device)
+        last, about = torch.full_like(gated[:, 0], CLOSED), torch.full_like(words[:, 0], CLOSED)
         if current.start:
-            before = [self._recall(current, row, current.start - 1).meant[site] for row in range(len(gated))]
-            last = torch.tensor(before, device=gated.device)
-        meant = torch.empty_like(gated)
-        for column in range(
-            gated.shape[1]
-        ):  # another question closes what was meant, unless it is nearest to the same edit
-            other = (kind[:, column] == ASKED) & (current.nearest[:, column] != last) & real[:, column]
-            last = torch.where(gated[:, column].ge(0), gated[:, column], torch.where(other, CLOSED, last))
-            meant[:, column] = last
-        current.meant[site] = meant
-        again = (kind == AGAIN) & gated.eq(CLOSED) & meant.ne(CLOSED) & real
-        current.gated[site] = torch.where(again, meant + len(self.active), gated)
+            before = [self._recall(current, row, current.start - 1) for row in range(len(gated))]
+            last = torch.tensor([found.meant[site][0] for found in before], device=gated.device)
+            about = torch.tensor([found.meant[site][1] for found in before], device=gated.device)
+        for column in range(gated.shape[1]):
+            here = gated[:, column]
+            near = (current.nearest[:, column] == last) & (current.closest[:, column] < NEAR - 1)
+            restated = (words[:, column : column + 3] == about[:, None]).all(-1).any(-1)
+            other = (kind[:, column] == ASKED) & ~near & ~restated & real[:, column]
+            last = torch.where(here.ge(0), here, torch.where(other, CLOSED, last))
+            about = torch.where(here.ge(0)[:, None], words[:, column + 2], about)
+            current.meant[site][:, column] = last
+            current.words[site][:, column] = about
+        again = (kind == AGAIN) & gated.eq(CLOSED) & current.meant[site].ne(CLOSED) & real
+        current.gated[site] = torch.where(again, current.meant[site] + len(self.active), gated)
 
     def _points(self, current: _Pass, gate: Gate) -> tuple[Tensor | None, Tensor]:
         """The gate's points (B, T, k) and which columns were asked (B, T)."""
@@ -519,11 +534,15 @@ class SteeringTable:
         said = tuple(ids[c] for c in real[: end + 1])
         complete = [j for j in range(n, end + 1) if said[j - n + 1 : j + 1] == target]
         for j in range(end, min(complete, default=end + 1) - 1, -1):
-            if self._edit_at(current, site, row, real[j]) != edit:
+            if not self._same(self._edit_at(current, site, row, real[j]), edit):
                 return False
-            if j in complete and self._edit_at(current, site, row, real[j - n]) == edit:
+            if j in complete and self._same(self._edit_at(current, site, row, real[j - n]), edit):
                 return True
         return False
+
+    def _same(self, one: int, other: int) -> bool:
+        """Whether two openings are for one edit, by its scope or recalled."""
+        return one != CLOSED and one % len(self.active) == other % len(self.active)
 
     def _edit_at(self, current: _Pass, site: str | int, row: int, column: int) -> int:
         """The edit whose gate is open at a position of this pass or an earlier one."""
@@ -580,7 +599,7 @@ class SteeringTable:
             if not len(kept):
                 closed: dict[str | int, int] = {part.site: CLOSED for part in self.active}
                 sums = {la: torch.zeros(s.shape[-1], device=s.device) for la, s in current.states.items()}
-                return _Remembered(closed, closed, sums)
+                return _Remembered(closed, {site: (CLOSED, [CLOSED] * WORDS) for site in closed}, sums)
             outside = self._pending, self._lengths, self._nested
             self._pending, self._lengths, self._nested = None, None, True
             try:

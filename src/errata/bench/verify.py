@@ -4,6 +4,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,9 +93,10 @@ def verify(
 
 
 def environment(model: Any) -> dict[str, Any]:
-    """What a figure was measured on."""
+    """What a figure was measured on; of a model's directory the last name only."""
+    name = str(getattr(model.config, "_name_or_path", ""))
     return {
-        "model": getattr(model.config, "_name_or_path", ""),
+        "model": Path(name).name if Path(name).is_dir() else name,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": str(next(model.parameters()).device),
         "threads": torch.get_num_threads(),

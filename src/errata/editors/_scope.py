@@ -36,8 +36,8 @@ def gate_named(name: str, model: Any, tokenizer: Any, layer: str | int = "final"
 
 @dataclass(frozen=True)
 class Scope:
-    """How balls are made. radius: given, in the gate's unit; reach: where an edit has wordings enough, a calibrated radius is
-    cut to this many times the distance of the farthest (None: it is not); token: which one of a prompt is read.
+    """How balls are made. radius: given, in the gate's unit; reach: where wordings tell how far apart they lie, a
+    calibrated radius is cut to this many times the distance of the farthest (None: it is not); token: which one of a prompt is read.
     """
 
     model: Any

@@ -32,7 +32,7 @@ class ActAddConfig:
 
     coefficient: c. prompts: in-scope prompts that make the scope. span: `all` tokens of the new object or the `first`; layer:
     `final` (the final norm's output) or a block's index; token: which position's state is shifted, from the end. gate, radius,
-    reach, half, chat: as SAKE's.
+    half, chat: as SAKE's.
     """
 
     coefficient: float = 1.0
@@ -42,7 +42,6 @@ class ActAddConfig:
     token: int = -1
     gate: str = "auto"
     radius: float | None = None
-    reach: float | None = 1.5
     half: bool = True
     chat: bool = False
 
@@ -53,7 +52,7 @@ class ActAddConfig:
 
     def sake(self) -> SAKEConfig:
         """SAKE's settings for the same site and scope. Raises ConfigError for what cannot be."""
-        own = ("prompts", "span", "layer", "token", "gate", "radius", "reach", "half", "chat")
+        own = ("prompts", "span", "layer", "token", "gate", "radius", "half", "chat")
         return SAKEConfig(
             map="uniform", strength=self.coefficient, implications="none", lift=False, tolerance=0.0,
             **{name: getattr(self, name) for name in own},

@@ -16,7 +16,6 @@ from errata.context import Context
 from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
 from errata.editors._scope import Scope, gate_named
-from errata.editors.sake import WORDINGS
 from errata.errors import ConfigError
 from errata.model.fingerprint import base_of
 from errata.patch import Patch
@@ -28,19 +27,17 @@ class ICLConfig:
     """Settings of ICL.
 
     gate: as SAKE's, or `none`: the context stands before every prompt, and only one edit is attached at a time or in a row.
-    prompts: in-scope prompts that make the scope; radius, reach: as SAKE's.
+    prompts: in-scope prompts that make the scope; radius: as SAKE's.
     """
 
     gate: str = "auto"
     prompts: int = 100
     radius: float | None = None
-    reach: float | None = 1.5
 
     def __post_init__(self) -> None:
-        if self.prompts < 1 or min(self.radius or 0.0, self.reach or 0.0) < 0:
+        if self.prompts < 1 or (self.radius or 0.0) < 0:
             raise ConfigError(
-                f"expected at least one prompt, and radius and reach of at least 0, found {self.prompts}, {self.radius} and "
-                f"{self.reach}"
+                f"expected at least one prompt and a radius of at least 0, found {self.prompts} and {self.radius}"
             )
 
 
@@ -66,7 +63,7 @@ class ICL(Editor[ICLConfig]):
         config, parts, report = self.config, [], {}
         with quiet(model):
             gate = gate_named(config.gate, model, tokenizer) if config.gate != "none" else None
-            scope = Scope(model, tokenizer, gate, config.radius, config.reach) if gate else None
+            scope = Scope(model, tokenizer, gate, config.radius) if gate else None
             for number, request in enumerate(requests, 1):
                 text = contexts.imagined(f"{request.text} {request.target_new}")
                 note: dict[str, Any] = {"context": text}
@@ -75,8 +72,7 @@ class ICL(Editor[ICLConfig]):
                     given = list(dict.fromkeys((*request.fit_prompts, request.text)))
                     prompts = contexts.lead_ins(given, config.prompts, seed)
                     points = scope.points([request.text, *prompts])
-                    spread = len(given) >= WORDINGS
-                    centre, radius = scope.ball(request, points[1:], points[0], spread, note)
+                    centre, radius = scope.ball(request, points[1:], points[0], False, note)
                     part = Context(request.id, request.key, text, gate, centre, float(radius))
                     note["prompts"] = len(prompts)
                 parts.append(part)

@@ -57,9 +57,9 @@ PAPER = {
 }
 CODE = PAPER | {"affirm": True}
 POOLED = {"implications": "pooled", "pooled_implications": 25}
-# How many wordings tell how far apart wordings lie, for an edit and for a consequence. The latter's near neighbours are about
-# the very same subject ("the mother tongue of X", "the language of the country of X"), so it is held tight from two on.
-WORDINGS, CONSEQUENCE_WORDINGS = 8, 2
+# How many wordings of a consequence tell how far apart wordings lie. Its near neighbours are about the very same subject ("the
+# mother tongue of X", "the language of the country of X"), so it is held tight; an edit itself must be found behind any context.
+WORDINGS = 2
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,10 @@ class SAKEConfig:
     context makes the model say the new object, move target states until they do. strength: factor on the shift between the
     means (1: the paper's). gate: `auto` (the model's calibrated gate, else mid-depth activations), `classifier` (a logistic
     plane over the same points, trained on the edit's prompts against stock texts), `final` (what the head reads), a gate file,
-    or `encoder:NAME`; radius: in the gate's unit, instead of the calibrated one; reach: where an edit has wordings enough, a
-    calibrated radius is cut to this many times the distance of the farthest (None: it is not). tolerance: relative error at
-    which maps are truncated. half: store maps in half precision. chat: wrap every prompt in the tokenizer's chat template.
+    or `encoder:NAME`; radius: in the gate's unit, instead of the calibrated one; reach: a calibrated radius of a
+    consequence with several wordings is cut to this many times the distance of the farthest (None: it is not).
+    tolerance: relative error at which maps are truncated. half: store maps in half precision. chat: wrap every prompt
+    in the tokenizer's chat template.
     """
 
     prompts: int = 100
@@ -436,7 +437,7 @@ class SteeringFit:
             note["held_out_distance"] = float(gaussian_distance(states[held, 0, 0], states[~held, 0, 0]).mean())
         note["rank"], note["truncation_error"] = [step.rank for step in maps], max(step.error for step in maps)
         own = self.request.text if key == self.request.key else prompts[0]
-        spread = min(wordings, len(prompts)) >= (WORDINGS if key == self.request.key else CONSEQUENCE_WORDINGS)
+        spread = key != self.request.key and min(wordings, len(prompts)) >= WORDINGS
         centre, radius = self.scope.ball(self.request, self._points(prompts), self._points([own])[0], spread, note)
         return Steering(
             edit=self.request.id, key=key, gate=self.gate, centre=centre, radius=float(radius),

@@ -123,6 +123,7 @@ def calibrate(
         raise RequestError(
             "calibration needs at least 12 facts, each with prompts to fit and held-out prompts; give more fit_prompts"
         )
+    bare = examples
     if contexts:
         examples = _behind_contexts(model, tokenizer, examples, contexts, seed)
     split = _split(examples, seed)
@@ -150,7 +151,9 @@ def calibrate(
     best = outcomes[0].gate
     if best.layers and best.pooling == "last" and best.distance != "linear":
         progress("where questions end and answers are asked for again")
-        outcomes[0] = replace(outcomes[0], gate=_with_cues(model, tokenizer, best, examples, unrelated, seed))
+        outcomes[0] = replace(
+            outcomes[0], gate=_with_cues(model, tokenizer, best, bare, contexts or {}, unrelated, seed)
+        )
     return outcomes
 
 
@@ -181,8 +184,9 @@ def _behind_contexts(
 
 
 def _with_cues(
-    model: Any, tokenizer: Any, gate: Gate, examples: Sequence[ScopeExample], unrelated: Sequence[str], seed: int
-) -> Gate:
+    model: Any, tokenizer: Any, gate: Gate, examples: Sequence[ScopeExample], contexts: Mapping[str, Sequence[str]],
+    unrelated: Sequence[str], seed: int,
+) -> Gate:  # fmt: skip
     """The gate with cues over its middle layer, if the examples have answers; each prompt is put beside another's answer."""
     rng = random.Random(seed)
     answers = [e.answer for e in examples if e.answer]
@@ -190,9 +194,12 @@ def _with_cues(
         return gate
     chosen = rng.sample(list(examples), min(len(examples), CUE_FACTS))
     pairs = [(rng.choice(e.fit), rng.choice(answers)) for e in chosen for _ in range(2)]
+    longer = _behind_contexts(model, tokenizer, chosen, contexts, seed) if contexts else []
+    behind = [e.fit[-1] for e in longer]
     blocks = [layer for layer in gate.layers if layer != "final"] or list(gate.layers)
     layer = blocks[(len(blocks) - 1) // 2]
-    return replace(gate, cues=learn_cues(model, tokenizer, pairs, unrelated[:CUE_TEXTS], layer, seed), cue_layer=layer)
+    cues = learn_cues(model, tokenizer, pairs, unrelated[:CUE_TEXTS], layer, behind, seed)
+    return replace(gate, cues=cues, cue_layer=layer)
 
 
 @dataclass(frozen=True)
