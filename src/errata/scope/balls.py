@@ -45,8 +45,10 @@ class Balls:
         members = torch.full((len(rows), width), CLOSED)
         centres, radii = like.new_zeros(len(rows), width, len(like)), torch.ones(len(rows), width)
         for r, row in enumerate(known):
-            for i, part in enumerate(row):
-                members[r, i], centres[r, i], radii[r, i] = index[part], part.centre.float(), part.radius
+            if row:
+                members[r, : len(row)] = torch.tensor([index[part] for part in row])
+                centres[r, : len(row)] = torch.stack([part.centre.float() for part in row])
+                radii[r, : len(row)] = torch.tensor([part.radius for part in row])
         return cls(gate, members, centres, radii)
 
     def closest(self, points: Tensor) -> Closest:

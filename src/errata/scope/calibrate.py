@@ -193,7 +193,10 @@ def _with_cues(
     if len(answers) < 2:
         return gate
     chosen = rng.sample(list(examples), min(len(examples), CUE_FACTS))
-    pairs = [(rng.choice(e.fit), rng.choice(answers)) for e in chosen for _ in range(2)]
+    questions = [
+        [p for p in e.fit if p.endswith("?")] or list(e.fit) for e in chosen
+    ]  # few of the wordings are questions
+    pairs = [(rng.choice(of), rng.choice(answers)) for e, q in zip(chosen, questions, strict=True) for of in (e.fit, q)]
     longer = _behind_contexts(model, tokenizer, chosen, contexts, seed) if contexts else []
     behind = [e.fit[-1] for e in longer]
     blocks = [layer for layer in gate.layers if layer != "final"] or list(gate.layers)

@@ -28,10 +28,10 @@ ORDINARY, ASKED, AGAIN = range(3)
 ROWS = 1200  # dialogues that teach
 OPENERS = ("", "", "Q: ", "User: ", "Somebody wrote: ")
 MARKS = (". ", "? ", "! ", ", ", " ... ", "?? ", ".\n", " - ")
-RESTATED = 0.4  # share of dialogues that repeat the question in other words
+RESTATED = 0.6  # share of dialogues that repeat the question in other words
 INNER = 4  # ordinary positions of each dialogue that teach
 RIDGE = 100.0
-MISTAKEN = 2e-4  # share of positions of running text and of questions that may be taken for asking again
+MISTAKEN = 2e-3  # share of positions of running text and of questions that may be taken for asking again
 
 
 def dialogues(pairs: Sequence[tuple[str, str]], n: int = ROWS, seed: int = 0) -> list[tuple[str, int]]:
