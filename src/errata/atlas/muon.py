@@ -24,7 +24,7 @@ class Muon(torch.optim.Optimizer):
         self.half = half
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update with Nesterov momentum; decay is by lr * weight_decay."""
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}

@@ -271,23 +271,11 @@ def _print(path: Path, value: dict[str, Any]) -> None:
 
     for one in tables_of(path):
         out().print(one.rich())
-    numbers = ("fits", "failed", "s per fit", "bytes per edit", "tokens/s", "of unedited")
-    made = table("Cost", "method", *numbers, right=numbers)
-    for label, m in value["methods"].items():
-        row(
-            made, label, m["fits"], len(m["failed"]), _number(m["seconds_per_fit"], ".3f"), _number(m["bytes_per_edit"], ",.0f"),
-            _number(m["tokens_per_second"], ",.0f"), _number(m["speed"], ".0%"),
-        )  # fmt: skip
-    out().print(made)
     for label, cases in value["failed"].items():
         first, why = next(iter(cases.items()))
         names = ", ".join(list(cases)[:5]) + (", ..." if len(cases) > 5 else "")
         notice(f"{label}: {len(cases)} fits failed (cases {names}); the first, {first}: {why}")
     out().print(f"{value['run']}: {value['seconds']:.0f} s", markup=False, soft_wrap=True)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 @contextmanager
