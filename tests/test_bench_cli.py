@@ -38,16 +38,16 @@ def test_what_there_is_and_what_there_is_not(tmp_path: Path) -> None:
 
 def test_a_small_run_goes_on_and_shows_itself(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = ("sake-counterfact", "--model", "atlas", "--methods", "sake,rome", "--n", 2, "--out", run, "--no-report")
+    words = ("sake-counterfact", "--model", "atlas", "--methods", "icl,rome", "--n", 2, "--out", run, "--no-report")
     first = bench(*words)
     assert first.exit_code == 0, first.stderr
     assert "unedited" in first.stdout and "tokens/s" in first.stdout
     spec = json.loads((run / "run.json").read_text())["spec"]
-    assert spec["n"] == 2 and list(spec["methods"]) == ["sake", "rome"] and spec["model"] == "atlas"
+    assert spec["n"] == 2 and list(spec["methods"]) == ["icl", "rome"] and spec["model"] == "atlas"
     rows = json.loads(bench("rows", run, "--where", "kind = edit", "--json").stdout)
     assert rows["total"] == 6
     passed = {(r["method"], r["case"]): r["passed"] for r in rows["rows"]}
-    assert [sum(p for (m, _), p in passed.items() if m == method) for method in ("unedited", "sake", "rome")] == [
+    assert [sum(p for (m, _), p in passed.items() if m == method) for method in ("unedited", "icl", "rome")] == [
         0,
         2,
         2,
