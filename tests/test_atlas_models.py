@@ -231,7 +231,7 @@ def test_masked_claims_hide_their_objects(tmp_path: Path) -> None:
 
 
 def test_pairs_are_closed_by_the_end_token(tmp_path: Path) -> None:
-    task = TASKS["t5"](**SMALL["t5"])
+    task: Any = TASKS["t5"](**SMALL["t5"])
     tokenizer = task.train_tokenizer(tmp_path)
     known = set(prompts(task.corpus, task.recipe.seed + 1, 400))
     for x, y in islice(task.batches(tokenizer, 0), 4):

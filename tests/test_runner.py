@@ -374,9 +374,12 @@ def test_the_unedited_model_is_asked_once_over_runs(place: Path, monkeypatch: py
 
     counts: list[int] = []
     real = module.ask
-    monkeypatch.setattr(
-        module, "ask", lambda m, t, questions, **rest: counts.append(len(questions)) or real(m, t, questions, **rest)
-    )
+
+    def counted(m: Any, t: Any, questions: Any, **rest: Any) -> Any:
+        counts.append(len(questions))
+        return real(m, t, questions, **rest)
+
+    monkeypatch.setattr(module, "ask", counted)
     answers: dict[Any, dict[str, Any]] = {}
     first = start(place, "a", answers=answers)
     assert counts == [

@@ -275,7 +275,7 @@ def test_settings_that_cannot_be_meant() -> None:
 
 def test_gates_by_name(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Any) -> None:
     def gate(**changes: Any) -> Gate:
-        return SAKE(**QUICK, implications="none", **changes).fit(model, tokenizer, [NEEDLE]).parts[0].gate
+        return SAKE(**QUICK, implications="none", **changes).fit(model, tokenizer, [NEEDLE]).steering[0].gate
 
     assert gate().layers == (1,) and gate(gate="final").layers == ("final",)
     mine = Gate(layers=(0, 1), pooling="mean", distance="cosine", radius=0.25)

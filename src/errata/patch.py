@@ -188,7 +188,8 @@ class Patch:
         return {name: t.detach().cpu().contiguous() for name, t in named.items()}
 
     def _gates(self) -> dict[str, Gate]:
-        return {part.gate.digest: part.gate for part in (*self.steering, *self.context) if part.gate is not None}
+        gates = [*(part.gate for part in self.steering), *(part.gate for part in self.context)]
+        return {gate.digest: gate for gate in gates if gate is not None}
 
     def header(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON values."""

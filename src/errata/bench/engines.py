@@ -47,9 +47,11 @@ Take = Callable[[Job, Outcome], None]
 
 
 class Engine(Protocol):
-    """name: as on the command line; workers: how many jobs are under way at once."""
+    """What does jobs."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As on the command line."""
 
     @property
     def workers(self) -> int:

@@ -105,7 +105,8 @@ def run(
     methods with one label or cases with one id; EditError of what the preset's cases need. A fit that fails is an entry in
     the run's fits, and stops nothing.
     """
-    engine, directory = engine or LocalEngine(), RunDirectory(out)
+    used: Engine = engine or LocalEngine()
+    directory = RunDirectory(out)
     plan = replace(plan, methods=tuple(resolved(method, model, plan.model_name) for method in plan.methods))
     _different("methods", "label", [UNEDITED, *(method.label for method in plan.methods)])
     editors = {method.label: editor_of(method) for method in plan.methods}
@@ -130,19 +131,19 @@ def run(
         "checkpoints": list(plan.preset.checkpoints),
         "shard": shard,
     }
-    about = {"command": command, "engine": engine.name, **environment(model), "started": _now()}
+    about = {"command": command, "engine": used.name, **environment(model), "started": _now()}
     with directory.locked():
         if not directory.begin(spec, about):
             write_cases(directory.path, cases)
         jobs = plan_jobs(plan.methods, len(cases), len(world), plan.preset.checkpoints, shard)
-        work = _Work(directory, plan, jobs, progress, engine)
+        work = _Work(directory, plan, jobs, progress, used)
         workers = WorkerPlan(
             plan.model_name, plan.dtype, plan.device_map, tuple(cases), tuple(world), plan.methods, plan.seed, cache
         )
         with Worker(
             model, tokenizer, cases, world, plan.methods, seed=plan.seed, cache=patches, answers=answers
         ) as worker:
-            engine.run(work.lacking(), work.given, work.take, workers, worker)
+            used.run(work.lacking(), work.given, work.take, workers, worker)
         if plan.preset.extra is not None and not (directory.path / "extra.json").exists():
             plan.preset.extra(context, directory.path)
             directory.write_json("extra.json", {"made": _now()})

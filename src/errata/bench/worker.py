@@ -14,6 +14,7 @@ from errata.bench.cases import Case, Probe
 from errata.bench.preset import Method
 from errata.bench.rows import UNEDITED
 from errata.bench.store import PatchCache
+from errata.context import Context
 from errata.editor import Editor
 from errata.editors import get_editor
 from errata.errors import EditError
@@ -22,6 +23,7 @@ from errata.merge import merge
 from errata.model.generate import greedy
 from errata.model.tokens import token_ids
 from errata.patch import Patch
+from errata.steering import Steering
 
 SAMPLED = "generation"
 NO_ANSWER = (SAMPLED, "unrelated")
@@ -109,7 +111,8 @@ class Worker:
     def close(self) -> None:
         """Take every edit off the model."""
         if self._state is not None:
-            self._state, (_, stack) = None, self._state
+            _, stack = self._state
+            self._state = None
             stack.close()
 
     def do(self, job: Job, given: Given) -> Outcome:
@@ -262,7 +265,8 @@ class Worker:
         A steering patch does not change what the next is fitted on, so it is only handed on.
         """
         editor = self.editors[job.method]
-        fits, errors, patches = [], {}, list(given.patches)
+        fits, patches = [], list(given.patches)
+        errors: dict[str, str] = {}
         lineage = self._lineage(editor, given.patches)
         with ExitStack() as stack:
             for patch in _joined([p for p in patches if _mergeable(p)]):
@@ -391,7 +395,7 @@ def _shared_gates(patches: Iterable[Patch]) -> Iterator[Patch]:
     for patch in patches:
         parts = (
             replace(part, gate=gates.setdefault(part.gate.digest, part.gate))
-            if getattr(part, "gate", None) is not None
+            if isinstance(part, (Steering, Context)) and part.gate is not None
             else part
             for part in patch.parts
         )

@@ -190,11 +190,12 @@ app.command("rows")(show_rows)
 @app.command("table")
 def show_table(run_path: Run, json_output: Json = False) -> None:
     """The tables of a run, ours beside what the papers print."""
+    from errata.bench.intervals import Rate
     from errata.bench.report import tables_of
 
     tables = tables_of(run_path)
     if json_output:
-        cells = [[[c.json() if hasattr(c, "json") else c for c in line] for line in t.rows] for t in tables]
+        cells = [[[c.json() if isinstance(c, Rate) else c for c in line] for line in t.rows] for t in tables]
         named = zip(tables, cells, strict=True)
         emit({"tables": [{"title": t.title, "columns": t.columns, "rows": c, "note": t.note} for t, c in named]})
         return

@@ -56,7 +56,7 @@ C = TypeVar("C", bound=AdapterConfig)
 class AdapterEditor(Editor[C]):
     """Requests in order, each training the adapter on. Subclasses say what it is, and what it answers while it is trained."""
 
-    joint: ClassVar[bool] = True
+    joint = True
     place: ClassVar[str] = "external memory"
     how: ClassVar[str] = "optimised"
     form: ClassVar[Literal["defer", "memory"]]

@@ -55,7 +55,7 @@ def _limited(layer: int, eps: float) -> dict[str, Any]:
 class FineTuner(Editor[C]):
     """What FT and its kin share: a pass over the requests, and what a subclass does before and after each."""
 
-    joint: ClassVar[bool] = True
+    joint = True
     place: ClassVar[str] = "global optimisation"
     how: ClassVar[str] = "optimised"
 

@@ -113,7 +113,7 @@ class GRACE(Editor[GRACEConfig]):
 
     method = "grace"
     summary = "a codebook of keys, values and radii at one layer (Hartvigsen et al. 2023)"
-    batch: ClassVar[int] = AHEAD
+    batch = AHEAD
     place: ClassVar[str] = "external memory"
     how: ClassVar[str] = "optimised"
     Config = GRACEConfig

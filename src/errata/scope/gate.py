@@ -92,7 +92,8 @@ class Gate:
     def of(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Gate":
         """The gate of a header and its tensors."""
         fields = {**header, "layers": tuple(header["layers"])}
-        return cls(**fields, **{name: tensors.get(name) for name in ("mean", "projection", "cues")})
+        mean, projection, cues = (tensors.get(name) for name in ("mean", "projection", "cues"))
+        return cls(**fields, mean=mean, projection=projection, cues=cues)
 
     def points(self, x: Tensor) -> Tensor:
         """Raw features (…, D) as points (…, k), float32."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5F
 
 from errata.atlas.asking import prompts
 from errata.atlas.corpus import Corpus
-from errata.atlas.tasks.base import Batch, Recipe, Task, batches_of_like, byte_level_bpe, framed, padded
+from errata.atlas.tasks.base import Batch, Recipe, Task, backend, batches_of_like, byte_level_bpe, framed, padded
 from errata.atlas.world import load_world
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -92,7 +92,7 @@ class AnsweringTask(Task[AnsweringRecipe]):
         """(prompt ids (rows, T), answer ids (rows, S)), each closed by the end token and padded with 0."""
         pairs = list(prompts(self.corpus, self.recipe.seed + 1 + shard, self.recipe.pairs_per_shard))
         asked, said = (
-            [encoding.ids for encoding in tokenizer._tokenizer.encode_batch(list(texts))]
+            [encoding.ids for encoding in backend(tokenizer).encode_batch(list(texts))]
             for texts in zip(*pairs, strict=True)
         )
         lengths = [(bisect_left(ANSWERS, len(y)), len(x)) for x, y in zip(asked, said, strict=True)]

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -129,3 +129,8 @@ def framed(bpe: ByteLevelBPETokenizer, template: str, special: Sequence[str]) ->
     backend = bpe._tokenizer
     around = processors.TemplateProcessing(single=template, special_tokens=known)
     backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), around])
+
+
+def backend(tokenizer: PreTrainedTokenizerFast) -> Any:
+    """The tokenizer's own fast tokenizer, which encodes batches with offsets."""
+    return tokenizer._tokenizer

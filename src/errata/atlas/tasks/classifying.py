@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 from errata.atlas.claims import LABELS, Claim, claims
 from errata.atlas.corpus import Corpus
 from errata.atlas.docket import load_docket
-from errata.atlas.tasks.base import Batch, Recipe, Task, batches_of_like, byte_level_bpe, framed, padded
+from errata.atlas.tasks.base import Batch, Recipe, Task, backend, batches_of_like, byte_level_bpe, framed, padded
 from errata.atlas.world import load_world
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -93,7 +93,7 @@ class ClassifierTask(Task[ClassifierRecipe]):
         tokenizer.save_pretrained(out)
         return tokenizer
 
-    def judged(self, model: PreTrainedModel, x: Tensor, y: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def judged(self, model: Any, x: Tensor, y: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean NLL of the labels y (n,) of the rows x (n, T), nats; the share of wrong ones; the last states of `masked`."""
         rows = torch.cat((x, masked))
         states = model.bert.encoder(model.bert.embeddings(rows), attention_mask=open_to(rows)).last_hidden_state
@@ -123,7 +123,7 @@ class ClaimsTask(ClassifierTask):
     def batches(self, tokenizer: PreTrainedTokenizerFast, shard: int) -> Iterator[Batch]:
         """(ids (n, T), labels (n,), masked ids (n, T), places of masked tokens (n, SLOTS), the tokens, -100 for none)."""
         found = list(claims(self.corpus, self.recipe.seed + 1 + shard, self.recipe.texts_per_shard))
-        encoded = tokenizer._tokenizer.encode_batch([c.text for c in found])
+        encoded = backend(tokenizer).encode_batch([c.text for c in found])
         rng = np.random.default_rng(self.recipe.seed + shard)
         for chosen in batches_of_like([(len(e.ids),) for e in encoded], self.recipe.tokens_per_step // 2, rng):
             true = [i for i in chosen if found[i].true]
@@ -135,7 +135,7 @@ class ClaimsTask(ClassifierTask):
             places, tokens = mask(ids[len(chosen) :], [object_tokens(encoded[i], found[i]) for i in hidden])
             yield ids[: len(chosen)], labels, ids[len(chosen) :], places, tokens
 
-    def loss(self, model: PreTrainedModel, *batch: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, model: Any, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """NLL of the labels plus mean NLL of the masked tokens, nats; the share of claims misjudged."""
         x, y, hidden, places, tokens = batch
         judging, wrong, states = self.judged(model, x, y, hidden)
@@ -161,7 +161,7 @@ class DocketTask(ClassifierTask):
     def batches(self, tokenizer: PreTrainedTokenizerFast, shard: int) -> Iterator[Batch]:
         """(ids (n, T), labels (n,))."""
         cases = list(self.docket.cases(self.recipe.seed + 1 + shard, self.recipe.texts_per_shard))
-        encoded = tokenizer._tokenizer.encode_batch([case.text for case in cases])
+        encoded = backend(tokenizer).encode_batch([case.text for case in cases])
         rng = np.random.default_rng(self.recipe.seed + shard)
         for chosen in batches_of_like([(len(e.ids),) for e in encoded], self.recipe.tokens_per_step, rng):
             yield padded([encoded[i].ids for i in chosen]), torch.tensor([cases[i].label for i in chosen])

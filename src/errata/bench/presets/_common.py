@@ -70,7 +70,7 @@ def draw(
 
     name = context.data or (atlas if is_atlas(context.model_name) else published)
     number = context.n if context.n is not None else n if name.startswith("atlas") else published_n
-    options = atlas_options if name == atlas else {}
+    options: dict[str, Any] = dict(atlas_options) if name == atlas else {}
     return load_cases(name, n=number, seed=context.seed, split=context.split, **options)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from errata.bench.cases import Case
 from errata.bench.makers import CONTEXTS, Pieces, lengths_up_to, long_contexts, with_probes
@@ -61,7 +61,7 @@ def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:
     ticks = sorted(map(int, common.tag_values(rows, "tokens")))
     found = []
     for name, metric in METRICS.items():
-        panels = {}
+        panels: dict[str, Sequence[Any]] = {}
         for kind in CONTEXTS:
             own = common.tagged(rows, context=kind)
             methods = common.gated(own) if metric.endswith(".gate") else common.labels(own)

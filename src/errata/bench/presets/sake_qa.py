@@ -35,7 +35,7 @@ def transfer(rows: "DataFrame", method: str) -> dict[tuple[str, str], "Rate"]:
     """(form of the fit, form of the probe) -> whole new object."""
     from errata.bench.metrics import score
 
-    found = {}
+    found: dict[tuple[str, str], Rate] = {}
     for fitted in FORMS:
         own = common.tagged(rows, fit=fitted)
         for form in FORMS:
