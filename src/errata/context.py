@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from errata.errors import EditError, UnsupportedPatchError
-from errata.model.attached import CONTEXT, without_patches
+from errata.model.attached import CONTEXT, Suspendable, without_patches
 from errata.scope.balls import CLOSED, groups
 from errata.scope.features import gate_features
 from errata.scope.gate import Gate
@@ -58,14 +58,13 @@ class Context:
         return cls(**named, gate=gate, centre=tensors["centre"] if gate else None)
 
 
-class ContextTable:
+class ContextTable(Suspendable):
     """Every context on one model: which of them a prompt gets. It stays on the model as long as one is attached."""
 
     def __init__(self, model: Any, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
         self._entries: OrderedDict[object, tuple[Context, ...]] = OrderedDict()
         self._rows: list[tuple[Context, ...]] | None = None
-        self._off = False
         self._rebuild()
 
     @classmethod
@@ -102,15 +101,6 @@ class ContextTable:
         finally:
             self._rows = None
             self._rebuild()
-
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Inside, prompts are asked as they are."""
-        before, self._off = self._off, True
-        try:
-            yield
-        finally:
-            self._off = before
 
     def asked(self, prompts: Sequence[str]) -> list[str]:
         """The prompts with their contexts."""

@@ -5,8 +5,7 @@ of the exchange. The sum is taken in float32 (float64 for float64 weights), roun
 until the weight changes.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from errata.dense import Dense
 from errata.errors import AnatomyError, RequestError, ShapeError, UnsupportedPatchError
 from errata.low_rank_table import forget_decisions
-from errata.model.attached import DENSE
+from errata.model.attached import DENSE, Suspendable
 
 
-class DenseTable:
+class DenseTable(Suspendable):
     """Every dense part on one model; the modules' hooks come with the first part that touches them and leave with the last."""
 
     def __init__(self, model: nn.Module):
@@ -29,7 +28,6 @@ class DenseTable:
         self._sums: dict[int, tuple[int, nn.Parameter]] = {}
         self._held: dict[nn.Module, list[dict[str, nn.Parameter]]] = {}  # what each module was given, a pass each
         self._hooks: list[RemovableHandle] = []
-        self._off = False
 
     @classmethod
     def on(cls, model: nn.Module) -> "DenseTable":
@@ -63,15 +61,6 @@ class DenseTable:
         """Unload an owner's parts; harmless if it has none."""
         if self._loads.pop(owner, None) is not None:
             self._changed()
-
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Inside, the model runs as if nothing were attached."""
-        before, self._off = self._off, True
-        try:
-            yield
-        finally:
-            self._off = before
 
     def _changed(self) -> None:
         """Bring sums and hooks in line with what is loaded."""

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from errata.errors import AnatomyError, ConfigError, EditError, RequestError, ShapeError
 from errata.low_rank import LowRank, stacked
 from errata.model.anatomy import anatomy, submodule
-from errata.model.attached import ATTACHED, MERGED, STEERED
+from errata.model.attached import ATTACHED, MERGED, STEERED, Suspendable
 from errata.model.hooks import first_tensor, with_first_tensor
 
 # -- modules -------------------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class _Load:
 # -- the table -----------------------------------------------------------------------------------------------------------
 
 
-class LowRankTable:
+class LowRankTable(Suspendable):
     """Every low-rank part on one model; a module's hook comes with its first part and leaves with the last."""
 
     def __init__(self, model: nn.Module):
@@ -151,7 +151,6 @@ class LowRankTable:
         self._hooks: dict[str, RemovableHandle] = {}
         self._batch_hooks: list[RemovableHandle] = []
         self._batch: int | None = None
-        self._off = False
 
     @classmethod
     def on(cls, model: nn.Module) -> "LowRankTable":
@@ -220,15 +219,6 @@ class LowRankTable:
                 hook.remove()
             self._rows, self._batch_hooks, self._batch = None, [], None
             self._changed(paths)
-
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Inside, the model runs as if nothing were attached."""
-        before, self._off = self._off, True
-        try:
-            yield
-        finally:
-            self._off = before
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 

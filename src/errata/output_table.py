@@ -19,7 +19,7 @@ from errata.errors import AnatomyError, ConfigError, EditError, RequestError, Sh
 from errata.low_rank_table import base_layer, forget_decisions, sizes
 from errata.maths.codebook import Codebook
 from errata.model.anatomy import anatomy, submodule
-from errata.model.attached import OUTPUTS
+from errata.model.attached import OUTPUTS, Suspendable
 from errata.model.hooks import first_tensor, with_first_tensor
 
 OutputPart = CodebookEntry | Routed
@@ -114,7 +114,7 @@ class _Pass:
     ends: Tensor | None  # (n,) the column in which each row's prompt ends, from this pass's first one
 
 
-class OutputTable:
+class OutputTable(Suspendable):
     """Every codebook entry and routed adapter on one model; hooks come with the first part and leave with the last."""
 
     def __init__(self, model: nn.Module):
@@ -126,7 +126,6 @@ class OutputTable:
         self._hooks: dict[str, RemovableHandle] = {}
         self._passes: list[_Pass] = []
         self._lengths: Sequence[int] | None = None
-        self._off = False
 
     @classmethod
     def on(cls, model: nn.Module) -> "OutputTable":
@@ -172,15 +171,6 @@ class OutputTable:
         finally:
             self._rows = None
             self._changed()
-
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Inside, the model runs as if nothing were attached."""
-        before, self._off = self._off, True
-        try:
-            yield
-        finally:
-            self._off = before
 
     @contextmanager
     def prompts(self, lengths: Sequence[int]) -> Iterator[None]:

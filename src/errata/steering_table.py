@@ -30,7 +30,7 @@ from torch import Tensor
 from errata.errors import ConfigError, EditError
 from errata.maths.transport import LinearMap
 from errata.model.anatomy import anatomy
-from errata.model.attached import STEERED
+from errata.model.attached import STEERED, Suspendable
 from errata.model.hooks import first_tensor, with_first_tensor
 from errata.model.room import check_room
 from errata.model.tokens import last_positions, pad, pad_id, token_ids
@@ -72,7 +72,7 @@ class _Remembered(NamedTuple):
     sums: dict[str | int, Tensor]
 
 
-class SteeringTable:
+class SteeringTable(Suspendable):
     """Every steering edit on one model; installs its hooks with the first edit and removes them with the last."""
 
     MEMORY = 8192  # remembered prefixes; forgetting one costs a forward pass, never a wrong answer
@@ -88,7 +88,7 @@ class SteeringTable:
         self._own_prepare: Any = None
         self._passes: list[_Pass] = []
         self._last: _Pass | None = None
-        self._nested = self._off = False
+        self._nested = False
         self._pending: Tensor | None = None
         self._lengths: Sequence[int] | None = None
         self._caches: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
@@ -247,15 +247,6 @@ class SteeringTable:
         """A copy of a key-value cache holds the ids that the cache holds."""
         if of in self._caches:
             self._caches[cache] = self._caches[of]
-
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Inside, the model runs as if nothing were attached: fits are made on the base model."""
-        before, self._off = self._off, True
-        try:
-            yield
-        finally:
-            self._off = before
 
     # -- the forward pass --------------------------------------------------------------------------------------------
 

@@ -12,6 +12,21 @@ STEERED, CONTEXT = "_errata_steering", "_errata_context"
 OUTPUTS, DENSE = "_errata_outputs", "_errata_dense"
 
 
+class Suspendable:
+    """A table that can be made to do nothing for a while."""
+
+    _off = False
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside, the model runs as if nothing of this kind were attached."""
+        before, self._off = self._off, True
+        try:
+            yield
+        finally:
+            self._off = before
+
+
 def asked(model: Any, prompts: Sequence[str]) -> list[str]:
     """The prompts as the model is to be asked them: with the texts that attached context patches put before them.
 
