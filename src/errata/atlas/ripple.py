@@ -289,10 +289,10 @@ class RippleMaker:
             yield _test(new, *([old] if holds else []))
 
     def _subject_aliasing(self, fact: Fact, target: str, rng: random.Random) -> Iterator[RippleTest]:
-        """The new object under the subject's `probe` aliases. Condition: the old object under the alias."""
+        """The new object under the subject's other names. Condition: the old object under the alias."""
         old = answer(self.world, fact.relation, fact.object)
         edited = {described(self.world, f).casefold() for f in self.edited}  # such aliases name somebody else now
-        for alias in self.world.aliases_of(fact.subject, "probe"):
+        for alias in self.world.aliases_of(fact.subject):
             prompt = self._ask(fact.relation, alias, rng)
             if not names_in(alias, old) and alias.casefold() not in edited:
                 new = Fact(fact.subject, fact.relation, target)

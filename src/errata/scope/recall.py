@@ -104,7 +104,6 @@ def learn_cues(
         return count
 
     best = min(range(len(layers)), key=missed) if len(layers) > 1 else 0
-    if __import__("os").environ.get("DBG"): print([missed(l) for l in range(len(layers))])
     return learned(range(FOLDS), best), layers[best]
 
 
