@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 Cell = Rate | float | int | str | None
 MARKDOWN_WIDTH = 130  # characters, of cells; a page of documentation scrolls beyond
-GAP = 2  # characters between columns
+GAP = 3  # characters between columns
 WIDEST_LABEL = 34
+THEIRS = "published"
 
 
 class Tabular(Protocol):
@@ -78,7 +79,7 @@ def columns_of(table: Tabular) -> list[Column]:
                 digits = max(len(f"{value:g}".partition(".")[2]) for value in theirs.values())  # as printed
                 texts = {label: f"{value:.{digits}f}" for label, value in theirs.items()}
                 heading = table.beside.get(name, ("", name))[1]
-                found.append(Column(f"published, {model}", heading, dict(theirs), texts, False))
+                found.append(Column(f"{THEIRS}, {model}", heading, dict(theirs), texts, False))
     return found
 
 
@@ -92,7 +93,9 @@ def labels_of(table: Tabular, part: Part) -> list[str]:
 
 
 def packed(columns: Sequence[Column], width: int, broken: bool) -> list[Part]:
-    """Columns in parts of at most so many characters; a group is torn apart only if it is wider by itself."""
+    """Columns in parts of at most so many characters; a group is torn apart only if it is wider by itself, and published numbers
+    stand beside ours only where all columns do.
+    """
     groups: dict[str, Part] = {}
     for column in columns:
         groups.setdefault(column.group, []).append(column)
@@ -101,8 +104,10 @@ def packed(columns: Sequence[Column], width: int, broken: bool) -> list[Part]:
     def size(part: Part) -> int:
         return sum(column.width(broken) + GAP for column in part)
 
+    whole = size(list(columns)) <= width
     for group in groups.values():
-        if size(parts[-1] + group) <= width:
+        like = not parts[-1] or whole or parts[-1][-1].ours == group[0].ours
+        if like and size(parts[-1] + group) <= width:
             parts[-1] += group
             continue
         rest = group
@@ -122,7 +127,6 @@ def terminal(table: Tabular, width: int) -> "Group":
     """For a terminal of so many characters."""
     from rich import box
     from rich.console import Group
-    from rich.padding import Padding
     from rich.table import Table as RichTable
     from rich.text import Text
 
@@ -135,22 +139,33 @@ def terminal(table: Tabular, width: int) -> "Group":
     shown: list[Any] = [Text(table.title, style="bold")]
     for part in parts:
         groups = list(dict.fromkeys(column.group for column in part))
-        several = len(groups) > 1
-        if not several and groups[0]:
-            shown.append(Text(f"  {groups[0]}", style="italic"))
-        made = RichTable(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, GAP // 2))
-        made.add_column(Text(str(table.columns[0])), overflow="fold", width=own - GAP, vertical="top")
+        over, names = _over(groups)
+        if over:
+            shown.append(Text(f"  {over}", style="italic"))
+        made = RichTable(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
+        made.add_column(Text(str(table.columns[0])), overflow="fold", width=own - GAP)
         for column in part:
-            heading = f"{column.group}\n{column.heading}" if several and column.group else column.heading
-            made.add_column(
-                Text(heading), justify="right", overflow="fold", min_width=column.width(broken), vertical="top"
-            )
+            heading = f"{names[column.group]}\n{column.heading}".strip()
+            made.add_column(Text(heading), justify="right", overflow="fold", min_width=column.width(broken))
         for label in labels_of(table, part):
             texts = [column.texts.get(label, "-") for column in part]
             made.add_row(Text(label), *(Text(t.replace(" [", "\n[") if broken else t) for t in texts))
         shown.append(made)
-    shown += [Padding(Text(f"- {note}", style="dim"), (0, 0, 0, 0)) for note in table.notes()]
-    return Group(*shown, Text(""))
+    notes = RichTable.grid(padding=(0, 1))
+    notes.add_column()
+    notes.add_column(max_width=max(20, width - 2))
+    for note in table.notes():
+        notes.add_row(Text("-", style="dim"), Text(note, style="dim"))
+    return Group(*shown, notes, Text(""))
+
+
+def _over(groups: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """What stands over a part of these groups, and over the columns of each."""
+    if len(groups) == 1:
+        return groups[0], {groups[0]: ""}
+    if all(group.startswith(f"{THEIRS}, ") for group in groups):
+        return THEIRS, {group: group.removeprefix(f"{THEIRS}, ") for group in groups}
+    return "", {group: group for group in groups}
 
 
 def markdown(table: Tabular) -> str:
@@ -161,11 +176,9 @@ def markdown(table: Tabular) -> str:
 
     lines = [f"### {table.title}", ""]
     for part in packed(columns_of(table), MARKDOWN_WIDTH, False):
-        groups = list(dict.fromkeys(column.group for column in part))
-        several = len(groups) > 1
-        if not several and groups[0]:
-            lines += [f"*{_escaped(groups[0])}*", ""]
-        heads = [f"{c.heading} ({c.group})" if several and c.group else c.heading for c in part]
+        over, names = _over(list(dict.fromkeys(column.group for column in part)))
+        lines += [f"*{_escaped(over)}*", ""] if over else []
+        heads = [f"{c.heading} ({names[c.group]})" if names[c.group] else c.heading for c in part]
         lines += [line([str(table.columns[0]), *heads]), f"|{'---|' + '---:|' * len(heads)}"]
         lines += [line([name, *(c.texts.get(name, "-") for c in part)]) for name in labels_of(table, part)]
         lines.append("")

@@ -59,7 +59,8 @@ def write_report(
 ) -> Path:
     """Write report.html, report.md and the Markdown's figures into the folder `out`; returns the page's path.
 
-    rows, tables: of `rows_of` and the preset, where they are made already. Raises ConfigError for a folder that is no run, RecordError for one without rows.
+    rows, tables: of `rows_of` and the preset, where they are made already.
+    Raises ConfigError for a folder that is no run, RecordError for one without rows.
     """
     run, out = Path(run), Path(out)
     directory = RunDirectory(run)

@@ -142,7 +142,7 @@ PRESET = Preset(
     "ours",
     cases,
     (
-        Method("sake", "sake", "sequential", changes={"implications": "none"}),
+        Method("sake", "sake", "sequential", apart=True),
         Method("rome", "rome", "sequential", common.MODEL, FEW),
     ),
     tables,
