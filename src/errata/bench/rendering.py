@@ -52,11 +52,12 @@ class Column:
     texts: Mapping[str, str]
     ours: bool = True
 
-    def width(self, broken: bool) -> int:
-        """Characters that it needs; broken: with intervals on a line of their own."""
+    def width(self, broken: bool, mixed: bool = False) -> int:
+        """Characters that it needs; broken: with intervals on a line of their own; mixed: beside columns of ours."""
+        group = self.group if mixed else self.group.removeprefix(f"{THEIRS}, ")
         pieces = [piece for text in self.texts.values() for piece in (text.split(" [") if broken else [text])]
         sizes = [len(piece) + (broken and piece.endswith(("]", "]ʷ"))) for piece in pieces]
-        return max([*sizes, *(len(word) for name in (self.heading, self.group) for word in name.split())], default=1)
+        return max([*sizes, *(len(word) for name in (self.heading, group) for word in name.split())], default=1)
 
 
 Part = list[Column]
@@ -101,10 +102,10 @@ def packed(columns: Sequence[Column], width: int, broken: bool) -> list[Part]:
         groups.setdefault(column.group, []).append(column)
     parts: list[Part] = [[]]
 
-    def size(part: Part) -> int:
-        return sum(column.width(broken) + GAP for column in part)
+    def size(part: Part, mixed: bool = False) -> int:
+        return sum(column.width(broken, mixed) + GAP for column in part)
 
-    whole = size(list(columns)) <= width
+    whole = size(list(columns), True) <= width
     for group in groups.values():
         like = not parts[-1] or whole or parts[-1][-1].ours == group[0].ours
         if like and size(parts[-1] + group) <= width:
@@ -140,13 +141,14 @@ def terminal(table: Tabular, width: int) -> "Group":
     for part in parts:
         groups = list(dict.fromkeys(column.group for column in part))
         over, names = _over(groups)
+        mixed = len({column.ours for column in part}) > 1
         if over:
             shown.append(Text(f"  {over}", style="italic"))
         made = RichTable(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
         made.add_column(Text(str(table.columns[0])), overflow="fold", width=own - GAP)
         for column in part:
             heading = f"{names[column.group]}\n{column.heading}".strip()
-            made.add_column(Text(heading), justify="right", overflow="fold", min_width=column.width(broken))
+            made.add_column(Text(heading), justify="right", overflow="fold", min_width=column.width(broken, mixed))
         for label in labels_of(table, part):
             texts = [column.texts.get(label, "-") for column in part]
             made.add_row(Text(label), *(Text(t.replace(" [", "\n[") if broken else t) for t in texts))
