@@ -86,6 +86,22 @@ def test_cases_of_atlas_have_ids_of_their_own_and_probes(name: str, atlas: Any) 
     assert cases == get_preset(name).cases(context)
 
 
+def test_presets_of_one_paper_edit_the_same_facts_so_that_fits_are_shared(atlas: Any) -> None:
+    """The radar chart's edits are the first ones of the two tables', with the very same requests; so are lifelong's."""
+    context = Context("atlas", *atlas)
+    ripple = get_preset("sake-ripple").cases(context)
+    first = get_preset("sake-counterfact").cases(context)
+    spider = get_preset("sake-spider").cases(context)
+    assert {c.request.id for c in spider} <= {c.request.id for c in (*first[:40], *ripple[:40])}
+    assert [c.request.id for c in lifelong.cases(context)][:150] == [c.request.id for c in first]
+    tests: dict[tuple[str, str], set[Any]] = {}
+    for one in ripple:
+        for probe in one.probes:
+            if not probe.condition and "stratum" in probe.tags:
+                tests.setdefault((probe.kind, probe.tags["stratum"]), set()).add((one.id, probe.test))
+    assert len(tests) == 4 and min(map(len, tests.values())) >= 100
+
+
 def test_unknown_preset_is_refused_with_near_names() -> None:
     with pytest.raises(ConfigError, match="sake-counterfact"):
         get_preset("sake-counterfac")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from conftest import tiny_model
 from errata.bench.cases import Case, Probe
 from errata.bench.preset import Context, Method, Preset
 from errata.bench.rows import read_fits, read_rows
-from errata.bench.runner import Plan, Progress, methods_of, plan_jobs, run
+from errata.bench.runner import Plan, Progress, _as_here, methods_of, plan_jobs, run
 from errata.bench.store import PatchCache, RunDirectory, difference, file_names
 from errata.bench.worker import Given, Job, Outcome, Worker
 from errata.edit import EditRequest
@@ -124,6 +125,39 @@ def test_jobs_are_fixed_by_methods_cases_and_shards() -> None:
     assert next(j for j in jobs if j.name == "rome_lifelong-00005-0001").needs == (
         "unedited-0001", "rome_lifelong-fit-00001", "rome_lifelong-fit-00004", "rome_lifelong-fit-00005",
     )  # fmt: skip
+
+
+def test_fits_that_do_not_bear_on_each_other_are_spread_and_a_method_may_have_fewer_cases() -> None:
+    apart = Method("sake", "sake", "sequential", changes=STEER, apart=True)
+    jobs = plan_jobs([apart, replace(ROME_ALONE, most=3), replace(MEMIT, most=1)], 7, 0, (1, 5), shard=2)
+    fits = {job.name: job.span for job in jobs if job.kind == "fit"}
+    assert fits == {
+        "sake-fit-00001": (0, 1),
+        "sake-fit-00002": (1, 2),
+        "sake-fit-00004": (2, 4),
+        "sake-fit-00005": (4, 5),
+        "sake-fit-00006": (5, 6),
+        "sake-fit-00007": (6, 7),
+        "memit-fit-0000": (0, 1),
+    }
+    needs = {job.name: job.needs for job in jobs}
+    assert needs["sake-fit-00004"] == ()
+    assert needs["sake-00005-0002"] == ("unedited-0002", *list(fits)[:4])
+    assert [job.span for job in jobs if job.method == "rome"] == [(0, 2), (2, 3), (0, 3)]
+    assert [(job.span, job.edits) for job in jobs if job.method == "memit"] == [((0, 1), 0), ((0, 1), 1), ((0, 1), 1)]
+
+
+def test_atlas_sizes_are_for_atlas_and_its_own_number_of_cases(place: Path) -> None:
+    few = replace(ROME_ALONE, most=2)
+    model, _ = load(place / "model")
+    plan = Plan(preset(few), "atlas", (few,))
+    assert _as_here(few, plan, model).most == 2
+    for other in (
+        replace(plan, n=5),
+        replace(plan, data="counterfact"),
+        replace(plan, model_name=str(place / "model")),
+    ):
+        assert _as_here(few, other, model).most is None
 
 
 def test_file_names_are_told_apart() -> None:

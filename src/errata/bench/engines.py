@@ -128,7 +128,9 @@ class ProcessEngine:
         self._start()
         for pipe in self._pipes:
             _send(pipe, plan)
-        waiting, open_ = list(jobs), {job.name for job in jobs}
+        # What takes longest in one piece goes first: edits that follow one another, and writes of many at once.
+        waiting = sorted(jobs, key=lambda job: job.span[0] - job.span[1] if job.kind in ("fit", "chain") else 0)
+        open_ = {job.name for job in jobs}
         fits = {job.name for job in jobs if job.kind in ("fit", "chain")}
         held: dict[Connection, set[str]] = {pipe: set() for pipe in self._pipes}  # fits whose patches a process has
         patches: dict[str, Sequence[Patch]] = {}
