@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 UNEDITED = "unedited"
 
-FEW = 50  # of Atlas's cases, for methods that stand beside ours for comparison and cost several times as much
+FEW = 30  # of Atlas's cases, for methods that stand beside ours for comparison and cost several times as much
+MORE = 50
 # SAKE with all edits loaded and the gate deciding among them; `alone`: the papers' protocol, each edit by itself.
 SAKE = Method("sake", "sake", "all")
 SAKE_ALONE = Method("sake-alone", "sake", "single")
 SAKE_OPEN = Method(
-    "sake-open", "sake", "single", changes={"radius": 1e6, "reach": None}, most=2 * FEW
+    "sake-open", "sake", "single", changes={"radius": 1e6, "reach": None}, most=MORE
 )  # for protocols that look through it
 # The paper's and the code's plain settings. Their gate is a sentence encoder that a hub has to provide; these stand behind the
 # model's own gate instead, and notes under the tables say so.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from errata.bench.metrics import Rate
     from errata.bench.tables import Table
 
-N, PUBLISHED_N = 30, 150
+N, PUBLISHED_N = 20, 150
 METRIC = {"cloze": "generalization.generate", "question": "generalization.generate", "claim": "claim.generate"}
 
 

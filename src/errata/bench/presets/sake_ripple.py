@@ -22,7 +22,6 @@ AXES = {
     "RS": "relation_specificity",
 }
 OURS = {"Acc": "efficacy.generate"} | {letters: f"{axis}.generate" for letters, axis in AXES.items()}
-OTHERS = 100  # of Atlas's edits, for the methods that stand beside SAKE and ROME
 MORE = {"LG": "logical_generalization.generate", "PV": "forgetfulness.generate"}
 RIPPLE = {letters: f"{axis}.ripple" for letters, axis in AXES.items()}
 
@@ -100,7 +99,7 @@ PRESET = Preset(
         common.SAKE,
         common.SAKE_ALONE,
         common.ROME,
-        *(replace(m, most=OTHERS) for m in (common.MEMIT, common.COMPMEMIT, common.ACTADD, common.UNIFORM)),
+        *(replace(m, most=common.MORE) for m in (common.MEMIT, common.COMPMEMIT, common.ACTADD, common.UNIFORM)),
         common.SAKE_PAPER_POPULAR,
         common.SAKE_CODE_POPULAR,
         common.SAKE_OPEN,
