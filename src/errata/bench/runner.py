@@ -71,22 +71,36 @@ class Progress:
     left: float | None
 
 
+FITTING = ("single", "fit", "chain")
+
+
 @dataclass
 class _Pace:
-    """Seconds by method and kind, for the estimate."""
+    """Seconds for a case (of jobs without cases: for the job) by method and kind, for the estimate."""
 
-    seconds: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    spent: dict[tuple[str, str], tuple[float, int]] = field(default_factory=dict)
 
     def note(self, job: Job, outcome: Outcome) -> None:
-        self.seconds.setdefault((job.method, job.kind), []).append(outcome.seconds)
+        seconds, size = self.spent.get((job.method, job.kind), (0.0, 0))
+        self.spent[job.method, job.kind] = (seconds + outcome.seconds, size + _size(job))
 
     def left(self, jobs: Sequence[Job], workers: int) -> float | None:
-        everything = [s for found in self.seconds.values() for s in found]
-        if not everything:
+        """None before a fit, of which asking says nothing. What a method has not done yet takes what it takes the others."""
+        if any(job.kind in FITTING for job in jobs) and not any(kind in FITTING for _, kind in self.spent):
             return None
-        mean = sum(everything) / len(everything)
-        known = {key: sum(found) / len(found) for key, found in self.seconds.items()}
-        return sum(known.get((job.method, job.kind), mean) for job in jobs) / max(1, workers)
+        own = {key: seconds / size for key, (seconds, size) in self.spent.items()}
+        alike: dict[str, list[float]] = {}
+        for (_, kind), rate in own.items():
+            alike.setdefault("fit" if kind in FITTING else kind, []).append(rate)
+        mean = {kind: sum(rates) / len(rates) for kind, rates in alike.items()}
+        rates = (
+            own.get((j.method, j.kind), mean.get("fit" if j.kind in FITTING else j.kind, 0.0)) * _size(j) for j in jobs
+        )
+        return sum(rates) / max(1, workers) if own else None
+
+
+def _size(job: Job) -> int:
+    return job.span[1] - job.span[0] if job.kind in (*FITTING, "ask") else 1
 
 
 def run(
