@@ -232,7 +232,7 @@ def _facts(about: Mapping[str, Any], rows: "DataFrame") -> list[tuple[str, str]]
         "versions": versions,
         "machine": ", ".join(str(w) for w in where if w),
         "threads": str(about.get("threads", "")),
-        "engine": about.get("engine"),
+        "engine": f"{about.get('engine')}, {about.get('workers') or 1} at work",
         "started, finished": f"{about.get('started')}, {about.get('finished', 'not yet')}",
         "resumed": f"{len(about.get('resumed', []))} times" if about.get("resumed") else "",
     }

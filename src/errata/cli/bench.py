@@ -245,8 +245,6 @@ def _engine(
     engine: Engine, address: str | None, workers: int | None, threads: int | None, model: Any, n: int | None
 ) -> Iterator[Any]:
     """The engine; of this machine as many processes as are wanted, or else one for each core if the model is small."""
-    import torch
-
     from errata.bench.engines import LocalEngine, ProcessEngine, RayEngine
 
     if engine is Engine.ray:
@@ -256,7 +254,6 @@ def _engine(
     if count == 1:
         yield LocalEngine()
         return
-    torch.set_num_threads(threads or 1)
     with ProcessEngine(count, threads or 1) as processes:
         yield processes
 
@@ -289,7 +286,9 @@ def _run(
 
     started = time.perf_counter()
     try:
-        with _progress(plan.preset.name) as progress:
+        # Beside processes that take the cores this one has a thread; a preset that asks nothing has none, and takes all.
+        spread = bool(plan.methods) and engine.elsewhere
+        with _threads(1 if spread else None), _progress(plan.preset.name) as progress:
             do(plan, path, model, tokenizer, engine=engine, command=command, answers=answers, progress=progress)
     except KeyboardInterrupt:
         begun = (path / "run.json").exists()
@@ -305,6 +304,19 @@ def _run(
         if not quiet:
             _print(value, tables)
     return value
+
+
+@contextmanager
+def _threads(n: int | None) -> Iterator[None]:
+    """So many torch threads inside; None for as many as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _summary(path: Path, seconds: float) -> dict[str, Any]:
