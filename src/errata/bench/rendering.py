@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Cell = Rate | float | int | str | None
 MARKDOWN_WIDTH = 130  # characters, of cells; a page of documentation scrolls beyond
+PAGE_WIDTH = 140  # likewise, of HTML, whose intervals stand below their figures
 GAP = 3  # characters between columns
 WIDEST_LABEL = 34
 THEIRS = "published"
@@ -188,30 +189,33 @@ def markdown(table: Tabular) -> str:
 
 
 def page(table: Tabular) -> str:
-    """As one `<table>` with its notes; everything escaped. Groups have a heading over their columns' headings, and a cell's
-    tooltip is its protocol.
+    """As HTML with its notes, everything escaped: one `<table>`, or several where a page is too narrow. Groups have a heading
+    over their columns' headings, and a cell's tooltip is its protocol.
     """
+    parts = packed(columns_of(table), PAGE_WIDTH, True)
+    caption = f"<caption>{html.escape(table.title)}</caption>"
+    tables = [_html_table(table, part, caption if i == 0 else "") for i, part in enumerate(parts)]
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes())
+    below = f'<ul class="notes">{notes}</ul>' if notes else ""
+    return f"<figure>{''.join(tables)}{below}</figure>"
+
+
+def _html_table(table: Tabular, part: Part, caption: str) -> str:
     esc = html.escape
-    columns = columns_of(table)
-    groups = Counter(column.group for column in columns)
+    groups = Counter(column.group for column in part)
     over = ""
-    if len(groups) > 1:
+    if any(groups):
         cells = "".join(f'<th scope="colgroup" colspan="{n}">{esc(name)}</th>' for name, n in groups.items())
         over = f'<tr class="groups"><th></th>{cells}</tr>'
-    first = {id(next(c for c in columns if c.group == name)) for name in list(groups)[1:]}
-    head = "".join(f'<th scope="col"{_edge(id(column) in first)}>{esc(column.heading)}</th>' for column in columns)
+    first = {id(next(c for c in part if c.group == name)) for name in list(groups)[1:]}
+    head = "".join(f'<th scope="col"{_edge(id(column) in first)}>{esc(column.heading)}</th>' for column in part)
     body = []
-    for name in labels_of(table, columns):
-        cells = "".join(
-            _html_cell(column.cells.get(name), column.texts.get(name, "-"), id(column) in first) for column in columns
-        )
+    for name in labels_of(table, part):
+        cells = "".join(_html_cell(c.cells.get(name), c.texts.get(name, "-"), id(c) in first) for c in part)
         body.append(f'<tr><th scope="row">{esc(name)}</th>{cells}</tr>')
-    notes = "".join(f"<li>{esc(note)}</li>" for note in table.notes())
-    below = f'<ul class="notes">{notes}</ul>' if notes else ""
     return (
-        f"<figure><table><caption>{esc(table.title)}</caption><thead>{over}"
-        f'<tr><th scope="col">{esc(str(table.columns[0]))}</th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table>{below}</figure>"
+        f'<table>{caption}<thead>{over}<tr><th scope="col">{esc(str(table.columns[0]))}</th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table>"
     )
 
 
