@@ -111,7 +111,7 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
                 note,
             )
         )
-    return found
+    return [*found, common.cost_table(run)]
 
 
 PRESET = Preset(

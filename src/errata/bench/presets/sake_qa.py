@@ -62,8 +62,8 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
              score(common.tagged(rows, fit=fitted), "specificity.generate", method)]
             for fitted in FORMS
         ]  # fmt: skip
-        made.append(Table(f"Transfer between forms: {method}", ["", *FORMS, "neighbours kept"], lines, note))
-    return made
+        made.append(Table(f"Transfer between forms: {method}", ["fit", *FORMS, "neighbours kept"], lines, note))
+    return [*made, common.cost_table(run)]
 
 
 def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:

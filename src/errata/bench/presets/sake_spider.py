@@ -38,7 +38,7 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     """All metrics, by our protocol."""
     from errata.bench.tables import metric_table
 
-    return [metric_table(rows, "All metrics", METRICS, note=common.PROTOCOL_NOTE)]
+    return [metric_table(rows, "All metrics", METRICS, note=common.PROTOCOL_NOTE), common.cost_table(run)]
 
 
 def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:
