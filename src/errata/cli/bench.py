@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from errata.cli.bench_rows import rows as show_rows
 from errata.cli.common import (
+    CHECK_FAILED,
     INTERRUPTED,
     CommandGroup,
     DeviceMap,
@@ -31,7 +32,7 @@ from errata.cli.common import (
     row,
     table,
 )
-from errata.errors import ConfigError
+from errata.errors import ConfigError, EditError
 
 EVERY = "all"
 SMALL = 200_000_000  # parameters of a model that every process may have its own of
@@ -157,14 +158,23 @@ def run(
     loaded, tokenizer = load(model, dtype, device_map, threads)
     command = shlex.join(["errata", *sys.argv[1:]])
     found: list[dict[str, Any]] = []
+    lost: list[str] = []
     answers: dict[Any, dict[str, Any]] = {}
     with _engine(engine, address, workers, threads, loaded, n) as chosen:
         for one, own in zip(presets, picked, strict=True):
             plan = Plan(one, model, own, n, seed, data, split.value, dtype, device_map)
             where = out_path / one.name if every else out_path
-            found.append(_run(plan, where, loaded, tokenizer, chosen, command, report, json_output, answers))
+            try:
+                found.append(_run(plan, where, loaded, tokenizer, chosen, command, report, json_output, answers))
+            except EditError as error:
+                if not every:
+                    raise
+                lost.append(one.name)  # the others are worth having without it
+                notice(f"{one.name} was not finished: {error}")
     if json_output:
-        emit({"runs": found})
+        emit({"runs": found, "unfinished": lost})
+    if lost:
+        raise typer.Exit(CHECK_FAILED)
 
 
 @app.command("resume")
