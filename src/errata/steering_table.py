@@ -4,7 +4,8 @@ All steering edits on a model live in one `SteeringTable`. Position i of a row i
 `ids[i−t+1..i]` are the first t tokens of e's new object and the gate of e is open at position i − t; at step 0 not again
 while the gate stays open after the object has been said. Where a gate has cues (`scope.recall`), a position at which an
 answer is asked for again opens for the edit that the row's last question was about; its state says nothing about the fact,
-so it is replaced by the mean that the map leads to, and behind the object by the mean of states that end it. (Such an opening is numbered len(active) + the edit's number.)
+so it is replaced by the mean that the map leads to, and behind the object by the mean of states that end it. (Such an opening
+is numbered len(active) + the edit's number.)
 
 All of this is a function of the row's ids up to i, so a cached step, a beam, a sampled row, a left-padded row and a whole
 uncached sequence agree. At the default site, the final norm's output, steering never reaches later positions' states. Edits
@@ -57,7 +58,9 @@ class _Pass:
     gated: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) edit whose gate is open, or CLOSED
     asked: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) whether every gate was asked
     meant: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) edit of the last question, or CLOSED
-    held: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) the last edit that was asked about, or CLOSED
+    held: dict[str | int, Tensor] = field(
+        default_factory=dict
+    )  # site -> (B, T) the last edit that was asked about, or CLOSED
     words: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T, WORDS) the last ids of its question
     points: dict[str, Tensor] = field(default_factory=dict)  # gate's digest -> (B, k), where each row ends
     nearest: Tensor | None = None  # (B, T) index of the nearest edit, open or not
@@ -302,18 +305,32 @@ class SteeringTable(Suspendable):
             self._caches[cache] = done.ids
         if not done.gated or output is None:  # an exception ended the pass early
             return
+        sums = self._sums(done)
+        ends = []
         for row in range(done.ids.shape[0]):
-            real = done.mask[row].nonzero()
-            if len(real) and int(real[-1]) >= done.start:
-                column = int(real[-1])
-                sums = {layer: s[row, column - done.start] for layer, s in self._sums(done).items()}
-                here = column - done.start
-                gated = {site: int(found[row, here]) for site, found in done.gated.items()}
-                meant = {
-                    s: (int(found[row, here]), int(done.held[s][row, here]), done.words[s][row, here].tolist())
-                    for s, found in done.meant.items()
-                }
-                self._remember(self._key(done, row, column), _Remembered(gated, meant, sums))
+            columns = [int(column) for column in done.mask[row].nonzero()[:, 0] if column >= done.start]
+            ends += [(row, columns[-1])] if columns else []
+            # Behind a gate that opened amid the text each position is asked about again, at every step of an answer.
+            if any(
+                bool(found[row, : columns[-1] - done.start].ne(CLOSED).any())
+                for found in done.gated.values()
+                if columns
+            ):
+                for column in columns[:-1]:
+                    if all(bool(asked[row, column - done.start]) for asked in done.asked.values()):
+                        self._remember_position(done, row, column, sums)
+        for row, column in ends:  # last, so that nothing pushes them out
+            self._remember_position(done, row, column, sums)
+
+    def _remember_position(self, done: _Pass, row: int, column: int, sums: dict[str | int, Tensor]) -> None:
+        here = column - done.start
+        gated = {site: int(found[row, here]) for site, found in done.gated.items()}
+        meant = {
+            site: (int(found[row, here]), int(done.held[site][row, here]), done.words[site][row, here].tolist())
+            for site, found in done.meant.items()
+        }
+        total = {layer: s[row, here] for layer, s in sums.items()}
+        self._remember(self._key(done, row, column), _Remembered(gated, meant, total))
 
     def _read(self, layer: str | int) -> Any:
         def hook(module: Any, args: Any, output: Any) -> None:
@@ -413,7 +430,9 @@ class SteeringTable(Suspendable):
             return
         assert balls.gate.cues is not None and balls.gate.cue_layer is not None and current.closest is not None
         ids = torch.where(current.mask, current.ids, CLOSED)
-        tails = torch.nn.functional.pad(ids, (WORDS - 1 + BEHIND, 0), value=CLOSED).unfold(1, WORDS, 1)[:, current.start :]
+        tails = torch.nn.functional.pad(ids, (WORDS - 1 + BEHIND, 0), value=CLOSED).unfold(1, WORDS, 1)[
+            :, current.start :
+        ]
         kind = kinds(current.states[balls.gate.cue_layer], balls.gate.cues).to(gated.device)
         last, held, about = gated[:, 0] * 0 + CLOSED, gated[:, 0] * 0 + CLOSED, torch.full_like(tails[:, 0], CLOSED)
         if current.start:

@@ -37,7 +37,8 @@ def cases(
     """The cases of one of Atlas's sets, `n` of them or as many as there are.
 
     implications: which of an edit's compositions, and for atlas-ripple other names of its subject, its fit may see; "half" leaves
-    out a random half of all, by seed, so that those in the fit and others can be compared. portable: only edits from which something follows.
+    out a random half of all, by seed, so that those in the fit and others can be compared. portable: only edits from which
+    something follows.
     Raises ConfigError for a split that is neither dev nor test.
     """
     part = _split(split, name)

@@ -133,8 +133,8 @@ def ripple_case(record: RippleRecord, request: EditRequest | None = None) -> Cas
     """A case of one record. request: the same edit with what may be used to fit it (Atlas's), else `ripple_request`'s.
 
     Each test is its conditions and its queries under one name. With a `request`, compositions and subject aliasing are tagged with
-    their stratum: whether the request's implications hold the composition, or the alias (in whatever words). A query without an answer cannot be asked;
-    its test is left out and named in the case's tag "unasked".
+    their stratum: whether the request's implications hold the composition, or the alias (in whatever words). A query without an
+    answer cannot be asked; its test is left out and named in the case's tag "unasked".
     """
     edit = request or ripple_request(record)
     old = (edit.target_true,) if edit.target_true else ()
