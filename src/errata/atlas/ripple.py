@@ -132,21 +132,25 @@ def ripple_requests(world: World, n: int, *, split: Split = "test", seed: int = 
     """`n` random counterfactual edits from which compositions follow; fewer where Atlas has fewer.
 
     Of every ten, five are of facts about a subject that other facts name as their object, three lead through their new object to
-    another answer, and two are any: so that both kinds of composition come often enough to be told apart by stratum.
+    another answer, and two are of subjects that have other names: so that both kinds of composition and aliases come often enough to
+    be told apart by stratum.
     """
     drawn = counterfactual_requests(world, len(world.facts), split=split, seed=seed)
     maker = RippleMaker(world, frozenset())
-    chained, bridged = [], []
+    chained, bridged, named = [], [], []
     for request in drawn:
         fact = edited_fact(world, request)
+        if world.aliases_of(fact.subject):
+            named.append(request)
         if maker.bridges.get(fact):
             bridged.append(request)
         elif new_consequences(world, fact, request.target_new):
             chained.append(request)
     picked: dict[str, EditRequest] = {}
-    pools = [iter(pool) for pool in (bridged, chained, drawn)]
+    pools = [iter(pool) for pool in (bridged, chained, named)]
+    others = iter(drawn)
     for which in cycle((0, 1, 0, 2, 0, 1, 0, 1, 0, 2)):
-        free = (request for request in chain(pools[which], pools[2]) if request.id not in picked)
+        free = (request for request in chain(pools[which], others) if request.id not in picked)
         found = next(free, None)
         if found is None or len(picked) == n:
             break
