@@ -30,7 +30,7 @@ class Editor(ABC, Generic[C]):
     a subject is refused; presets: named configurations. joint: whether one write serves all requests, so that a patch of some
     is not a part of the patch of all; batch: requests that a fit is quick with at once, where they do not bear on each other.
     place: where it edits ("external memory", "global optimisation", "local modification"); how: whether what it writes is
-    "optimised" or "direct".
+    "optimised" or "direct". learns: whether it is trained before it edits (`errata train`).
     """
 
     method: ClassVar[str]
@@ -40,6 +40,7 @@ class Editor(ABC, Generic[C]):
     batch: int = 1
     place: ClassVar[str] = ""
     how: ClassVar[str] = ""
+    learns: ClassVar[bool] = False
     Config: ClassVar[type[Any]]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
