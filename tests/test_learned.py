@@ -133,11 +133,11 @@ def test_the_default_place(
     folder = _learned.default_folder(model, tokenizer)
     assert folder != _learned.default_folder(other, tokenizer)
     path = toy(steps=1).train(model, tokenizer, ITEMS, folder)
-    assert toy().place(model, tokenizer) == path and toy().trained(model, tokenizer)[1]["steps"] == 1
+    assert toy().artefact_path(model, tokenizer) == path and toy().trained(model, tokenizer)[1]["steps"] == 1
     model.config._name_or_path = str(tmp_path)
     beside = tmp_path / "errata-toy.safetensors"
     beside.write_bytes(path.read_bytes())
-    assert toy().place(model, tokenizer) == beside
+    assert toy().artefact_path(model, tokenizer) == beside
 
 
 def test_batches_are_epochs() -> None:

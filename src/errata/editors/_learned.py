@@ -188,7 +188,7 @@ class LearnedEditor(Editor[C]):
 
     # -- the artefact ------------------------------------------------------------------------------------------------
 
-    def place(self, model: Any, tokenizer: Any) -> Path:
+    def artefact_path(self, model: Any, tokenizer: Any) -> Path:
         """The artefact's path: the config's, else beside the model if it is there, else in the user's cache."""
         if self.config.artefact is not None:
             return Path(self.config.artefact).expanduser()
@@ -201,7 +201,7 @@ class LearnedEditor(Editor[C]):
         Raises ConfigError that names the command where there is no artefact, or it is another method's or damaged;
         BaseMismatchError for another model's.
         """
-        path = self.place(model, tokenizer)
+        path = self.artefact_path(model, tokenizer)
         name = str(getattr(model.config, "_name_or_path", "")) or "MODEL"
         preset = next((p for p, changes in self.presets.items() if changes.get("name") == self.config.name), None)
         option = f" --preset {preset}" if preset and self.config.name else ""
