@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-import errata
 from conftest import LABELS, tiny_other
 from errata.edit import EditRequest
 from errata.editor import quiet
