@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from errata.errors import AnatomyError, ConfigError, ShapeError
-from errata.model.anatomy import Anatomy
+from errata.model.anatomy import Anatomy, Site
 
 ROLES = (
     "mlp_out",
@@ -96,15 +96,19 @@ class LowRank:
         return cls(tuple(header["edits"]), tensors["U"], tensors["V"], header["layer"], header["site"])
 
 
-def map_path(parts: Anatomy, layer: int, site: str) -> str:
-    """Path of a linear map: of a role of the anatomy, or by its path in the block. Raises AnatomyError if there is none."""
+def map_path(parts: Anatomy, layer: Site, site: str) -> str:
+    """Path of a linear map of a block (of an encoder: "encoder.3"): of a role of the anatomy, or by its path in the block.
+
+    Raises AnatomyError if there is none.
+    """
     block = parts.site(layer)
     if site not in ROLES:
         return f"{block}.{site}"
-    paths: tuple[str, ...] = getattr(parts, site)
+    stack, _ = parts.stack_of(layer)
+    paths: tuple[str, ...] = getattr(stack, site)
     if not paths:
         raise AnatomyError(f"expected one {site} per layer, found none in this {parts.family!r} model.")
-    return paths[layer]
+    return paths[stack.blocks.index(block)]
 
 
 def stacked(parts: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
