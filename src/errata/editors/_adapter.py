@@ -66,8 +66,9 @@ class AdapterEditor(Editor[C]):
     """Requests in order, each training the adapter on. Subclasses say what it is, and what it answers while it is trained."""
 
     joint = True
-    place: ClassVar[str] = "external memory"
-    how: ClassVar[str] = "optimised"
+    place = "external memory"
+    how = "optimised"
+    streams = True
     form: ClassVar[Literal["defer", "memory"]]
 
     @abstractmethod

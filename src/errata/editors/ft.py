@@ -56,8 +56,9 @@ class FineTuner(Editor[C]):
     """What FT and its kin share: a pass over the requests, and what a subclass does before and after each."""
 
     joint = True
-    place: ClassVar[str] = "global optimisation"
-    how: ClassVar[str] = "optimised"
+    place = "global optimisation"
+    how = "optimised"
+    streams = True
 
     def fit(
         self,

@@ -130,8 +130,10 @@ class GRACE(Editor[GRACEConfig]):
     method = "grace"
     summary = "a codebook of keys, values and radii at one layer (Hartvigsen et al. 2023)"
     batch = AHEAD
-    place: ClassVar[str] = "external memory"
-    how: ClassVar[str] = "optimised"
+    place = "external memory"
+    how = "optimised"
+    streams = True
+    scoped = True
     Config = GRACEConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "published": _PUBLISHED,

@@ -46,6 +46,9 @@ class ICL(Editor[ICLConfig]):
 
     method = "icl"
     summary = 'the new fact told before the prompt, "Imagine that ...", behind a scope test (Cohen et al. 2023)'
+    place = "external memory"
+    how = "direct"
+    scoped = True
     Config = ICLConfig
     presets = {"paper": {"gate": "none"}}
 
