@@ -69,6 +69,7 @@ class AdapterEditor(Editor[C]):
     place = "external memory"
     how = "optimised"
     streams = True
+    supports = ("decoder", "encoder-decoder", "classifier")
     form: ClassVar[Literal["defer", "memory"]]
 
     @abstractmethod

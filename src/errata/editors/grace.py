@@ -133,6 +133,7 @@ class GRACE(Editor[GRACEConfig]):
     place = "external memory"
     how = "optimised"
     streams = True
+    supports = ("decoder", "encoder-decoder", "classifier")
     scoped = True
     Config = GRACEConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -269,7 +270,9 @@ class _Stream:
         radius = float(REACH * torch.linalg.vector_norm(key)) if self.config.radius is None else self.config.radius
         done = self.book.insert(key, value, radius, label, request.id)
         kept = done.outcome in ("cover", "expand")  # the value is its entry's, trained for an earlier edit
-        if kept or (self.config.stop > 0 and not self.says([item])[0]):  # or what answers its other tokens is in the way
+        if kept or (
+            self.config.stop > 0 and not self.says([item])[0]
+        ):  # or what answers its other tokens is in the way
             notes = self._train(item, done.entry)
         own = CodebookEntry(
             request.id,
