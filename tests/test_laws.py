@@ -25,6 +25,7 @@ from errata.model.tokens import pad
 from errata.patch import Patch
 
 WEIGHTS: dict[str, Any] = {"statistics": None, "contexts": "bare", "steps": 3}
+LEARNED: dict[str, Any] = {"steps": 2, "batch": 2, "every": 2, "held_out": 1}
 QUICK: dict[str, dict[str, Any]] = {  # settings that make a fit a matter of a tenth of a second, scope wide open
     "sake": {"prompts": 6, "context_prompts": 3, "implication_prompts": 3, "radius": 1e6},
     "rome": WEIGHTS,
@@ -41,9 +42,14 @@ QUICK: dict[str, dict[str, Any]] = {  # settings that make a fit a matter of a t
     "ft_retrain": {"steps": 2, "every": 2, "epochs": 1},
     "defer": {"steps": 3},
     "memory": {"steps": 3},
+    "kn": {"steps": 3, "prompts": 2},
+    "ike": {"radius": 1e6, "encoder": "states", "prompts": 6},
+    "ke": LEARNED,
+    "mend": LEARNED,
 }
-SCOPED = ("sake", "uniform", "actadd", "icl", "grace")
-CLOSED: dict[str, dict[str, Any]] = {method: {"radius": 1e-9} for method in SCOPED}  # nothing is in scope
+CLOSED: dict[str, dict[str, Any]] = {  # nothing is in scope
+    method: {"radius": 1e-9} for method in ("sake", "uniform", "actadd", "icl", "ike", "grace")
+}
 CLOSED["grace"]["layer"] = 1  # in the first of parallel blocks a token's key is the same in any text
 REQUESTS = (
     EditRequest(

@@ -15,6 +15,7 @@ from errata.bench.preset import Method
 from errata.bench.rows import UNEDITED
 from errata.bench.store import PatchCache
 from errata.context import Context
+from errata.counterfactual import Counterfactual
 from errata.editor import Editor
 from errata.editors import get_editor
 from errata.errors import EditError
@@ -390,15 +391,18 @@ def _distinct(patches: Sequence[Patch]) -> list[Patch]:
 
 
 def _shared_gates(patches: Iterable[Patch]) -> Iterator[Patch]:
-    """The patches with equal gates as one object: a thousand copies of a projection would fill the memory."""
+    """The patches with equal gates, and equal experts, as one object: a thousand copies of them would fill the memory."""
     gates: dict[str, Any] = {}
     for patch in patches:
-        parts = (
+        parts = [
             replace(part, gate=gates.setdefault(part.gate.digest, part.gate))
-            if isinstance(part, (Steering, Context)) and part.gate is not None
+            if isinstance(part, (Steering, Context, Counterfactual)) and part.gate is not None
             else part
             for part in patch.parts
-        )
+        ]
+        for i, part in enumerate(parts):
+            if isinstance(part, Counterfactual):
+                parts[i] = replace(part, expert=gates.setdefault(part.expert.digest, part.expert))
         yield replace(patch, parts=tuple(parts))
 
 
