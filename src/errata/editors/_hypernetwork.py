@@ -190,7 +190,7 @@ def signals(model: Any, maps: Sequence[LinearMap], asked: Supervised) -> tuple[l
 
     with torch.enable_grad(), Hooks(model, forward=[(m.path, probe(m.path)) for m in maps]):
         logits = logits_of(model, asked)
-        found = torch.autograd.grad(asked.nll(logits).sum(), [zeros[m.path] for m in maps])
+        found = torch.autograd.grad(smoothed(asked, logits).sum(), [zeros[m.path] for m in maps])
     rows = [(wide(xs[m.path]), wide(g)) for m, g in zip(maps, found, strict=True)]
     return [Signal(x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])) for x, g in rows], logits.detach()
 
