@@ -18,11 +18,13 @@ import errata
 from conftest import FAMILIES, hooks_of, tiny_model
 from errata.edit import EditRequest
 from errata.editor import Editor
+from errata.editors._learned import LearnedEditor, default_folder
 from errata.errors import UnknownEditorError
 from errata.model.anatomy import anatomy
 from errata.model.attached import asked
 from errata.model.tokens import pad
 from errata.patch import Patch
+from errata.training import TrainingItem
 
 WEIGHTS: dict[str, Any] = {"statistics": None, "contexts": "bare", "steps": 3}
 QUICK: dict[str, dict[str, Any]] = {  # settings that make a fit a matter of a tenth of a second, scope wide open
@@ -41,7 +43,14 @@ QUICK: dict[str, dict[str, Any]] = {  # settings that make a fit a matter of a t
     "ft_retrain": {"steps": 2, "every": 2, "epochs": 1},
     "defer": {"steps": 3},
     "memory": {"steps": 3},
+    "ke": {"loop": 2},
+    "mend": {"rate": 1e-2},
 }
+LEARNING: dict[str, Any] = {"steps": 2, "batch": 2, "held_out": 0, "every": 2}  # training that is a matter of moments
+PRACTICE = tuple(
+    TrainingItem(f"The capital of {name} is", "Goa", "Rome", (f"{name} is ruled from",), (("Earth is", "round"),))
+    for name in ("Japan", "Brazil", "Nepal")
+)
 SCOPED = ("sake", "uniform", "actadd", "icl", "grace")
 CLOSED: dict[str, dict[str, Any]] = {method: {"radius": 1e-9} for method in SCOPED}  # nothing is in scope
 CLOSED["grace"]["layer"] = 1  # in the first of parallel blocks a token's key is the same in any text
@@ -63,6 +72,22 @@ TEXTS = ("The Space Needle is located in the city of", "The capital of France is
 
 def editor(method: str, **changes: Any) -> Editor[Any]:
     return errata.get_editor(method)(**(QUICK.get(method, {}) | changes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ERRATA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def ready(method: str, model: Any, tokenizer: Any) -> None:
+    """An editor that learns is trained for the model, where fits find it."""
+    found = errata.get_editor(method)
+    if issubclass(found, LearnedEditor):
+        learning = found(**{**QUICK.get(method, {}), **LEARNING})
+        if not learning.artefact_path(model, tokenizer).is_file():
+            learning.train(model, tokenizer, PRACTICE, default_folder(model, tokenizer))
 
 
 @dataclass
@@ -93,6 +118,7 @@ def patched(_bpe: str) -> Callable[[str, str], tuple[PreTrainedModel, list[Patch
     def fitted(method: str, family: str) -> tuple[PreTrainedModel, list[Patch]]:
         if (method, family) not in kept:
             model, tokenizer = roomy(family), _tokenizer(_bpe)
+            ready(method, model, tokenizer)
             kept[method, family] = model, [editor(method).fit(model, tokenizer, [r]) for r in REQUESTS]
         return kept[method, family]
 
@@ -243,6 +269,7 @@ def test_out_of_scope_is_the_base(bench: Bench) -> None:
 def test_fit_under_an_attached_patch_is_the_same_fit(method: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """A fit looks at the model that the patch will be attached to, whatever else is attached meanwhile."""
     model = roomy("gpt2")
+    ready(method, model, tokenizer)
     other, expected = (editor(method).fit(model, tokenizer, [r]) for r in REQUESTS)
     with other.attach(model, tokenizer):
         assert editor(method).fit(model, tokenizer, [REQUESTS[1]]) == expected
@@ -251,6 +278,7 @@ def test_fit_under_an_attached_patch_is_the_same_fit(method: str, tokenizer: Pre
 @pytest.mark.parametrize("method", sorted(errata.available_editors()))
 def test_a_fit_of_many_is_the_sum_of_fits(method: str, tokenizer: PreTrainedTokenizerFast) -> None:
     model, seen = roomy("llama"), []
+    ready(method, model, tokenizer)
     first, second = (editor(method).fit(model, tokenizer, [r], seed=3) for r in REQUESTS)
     both = editor(method).fit(model, tokenizer, REQUESTS, seed=3, progress=lambda done, all_: seen.append((done, all_)))
     assert seen == [(1, 2), (2, 2)]
