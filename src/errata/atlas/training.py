@@ -24,15 +24,16 @@ REPHRASES = 8
 
 
 def training_items(
-    world: World, name: str, n: int = 0, *, split: Split = "dev", drawn: int = 3, seed: int = 0
+    world: World, name: str, n: int = 0, *, split: Split = "dev", drawn: int = 3, seed: int = 0, bare: bool = True
 ) -> list[TrainingItem]:
     """Items over the facts of a split (0 for all of them, else `n` facts), `drawn` for each with objects and claims of their own.
 
-    name: one of SETS. Raises ConfigError for another. Which facts come depends on the split, `n` and the seed only.
+    name: one of SETS; bare: whether questions may stand alone, as a model that answers is asked, or only in frames that an
+    answer completes, as a decoder is. Raises ConfigError for another. Which facts come depends on the split, `n` and the seed only.
     """
     if name not in SETS:
         raise ConfigError(f"expected one of {', '.join(SETS)}, found {name!r}")
-    maker = _Maker(world, split, random.Random(f"{name}|{split}|{seed}"))
+    maker = _Maker(world, split, random.Random(f"{name}|{split}|{seed}"), bare)
     facts = [f for f in maker.facts if len(world.objects[f.relation]) > 1]
     make = {"atlas": maker.cloze, "atlas-zsre": maker.question, "atlas-fever": maker.claim}[name]
     return [make(fact) for fact in facts[: n or None] for _ in range(drawn)]
@@ -41,8 +42,8 @@ def training_items(
 class _Maker:
     """Makes one item after another from one stream of random numbers."""
 
-    def __init__(self, world: World, split: Split, rng: random.Random):
-        self.world, self.rng = world, rng
+    def __init__(self, world: World, split: Split, rng: random.Random, bare: bool):
+        self.world, self.rng, self.bare = world, rng, bare
         self.facts = [f for f in world.facts if f.split == split]
         rng.shuffle(self.facts)
         self.by_relation: dict[str, list[Fact]] = {}
@@ -97,10 +98,11 @@ class _Maker:
         return texts + [render.place("", rng.choice(clozes), a) for a in self.world.aliases_of(fact.subject, "fit")[:2]]
 
     def _questions(self, fact: Fact) -> list[str]:
-        """The relation's `fit` questions, then two in frames."""
+        """The relation's `fit` questions, bare or in the first frame, then two in any frames."""
         questions, rng = self.world.phrasings[fact.relation].question["fit"], self.rng
         frames = self.world.frames["question_frames"]["fit"]
-        texts = [render.ask("{q}", question, fact.subject) for question in questions]
+        first = "{q}" if self.bare else frames[0]
+        texts = [render.ask(first, question, fact.subject) for question in questions]
         return texts + [render.ask(rng.choice(frames), rng.choice(questions), fact.subject) for _ in range(2)]
 
     def _some(self, texts: Sequence[str]) -> tuple[str, ...]:

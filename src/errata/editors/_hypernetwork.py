@@ -31,6 +31,7 @@ from errata.patch import Part, Patch
 from errata.training import TrainingItem
 
 GROUP = 16  # requests that are fitted as one batch
+TINY = 1e-10  # a column's share of the largest one's size below which it is rounding
 Parameters = Literal["weights", "mlp"]
 
 
@@ -190,7 +191,7 @@ def signals(model: Any, maps: Sequence[LinearMap], asked: Supervised) -> tuple[l
 
     with torch.enable_grad(), Hooks(model, forward=[(m.path, probe(m.path)) for m in maps]):
         logits = logits_of(model, asked)
-        found = torch.autograd.grad(asked.nll(logits).sum(), [zeros[m.path] for m in maps])
+        found = torch.autograd.grad(smoothed(asked, logits).sum(), [zeros[m.path] for m in maps])
     rows = [(wide(xs[m.path]), wide(g)) for m, g in zip(maps, found, strict=True)]
     return [Signal(x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])) for x, g in rows], logits.detach()
 
@@ -399,7 +400,8 @@ class HyperEditor(LearnedEditor[H]):
                 for i, request in enumerate(chunk):
                     for kept, update in zip(columns, updates, strict=True):
                         U, V = update.U[i], update.V[i]
-                        at = (U.abs().amax(0) * V.abs().amax(0)) > 0  # padding, and tokens that nothing depends on
+                        size = torch.linalg.vector_norm(U, dim=0) * torch.linalg.vector_norm(V, dim=0)
+                        at = size > TINY * size.max()  # not padding, nor tokens that nothing depends on but by rounding
                         kept.append((request.id, U[:, at].cpu(), V[:, at].cpu()))
                     deltas = {
                         f"{m.path}.bias": u.bias[i].cpu()
