@@ -354,7 +354,8 @@ class Worker:
         started = time.perf_counter()
         texts = greedy(self.model, self.tokenizer, prompts, SPEED_TOKENS, len(prompts))
         seconds = time.perf_counter() - started
-        return sum(map(len, token_ids(self.tokenizer, texts, special=False))) / seconds
+        said = [text for text in texts if text.strip()]
+        return sum(map(len, token_ids(self.tokenizer, said, special=False))) / seconds
 
 
 # -- patches -------------------------------------------------------------------------------------------------------------
