@@ -16,7 +16,7 @@ from typing import Any, Literal
 from errata.atlas import render
 from errata.atlas.claims import LABELS, another_object, claim, hard_objects, same_name
 from errata.atlas.world import Fact, Split, World, link
-from errata.bench.data.kilt import KiltMeta, KiltOutput, KiltRecord, Unrelated
+from errata.bench.data.kilt import KiltMeta, KiltOutput, KiltRecord, Provenance, Unrelated
 
 Rephrasings = Literal["fit", "probe"]
 UNRELATED = 6
@@ -115,7 +115,7 @@ class _Maker:
         return KiltRecord(
             id=fact_id(fact),
             input=first,
-            output=(KiltOutput(answer=fact.object),),
+            output=(KiltOutput(answer=fact.object, provenance=(Provenance(title=fact.subject),)),),
             meta=KiltMeta(template_questions=(first,)),
             rephrases=rephrases,
             prediction=fact.object,

@@ -25,8 +25,8 @@ from torch import Tensor
 from errata.bench.cases import Probe
 from errata.bench.fluency import sample
 from errata.errors import ConfigError, RequestError
-from errata.model.attached import CONTEXT, STEERED, asked, bare, by_row, scoped, without_patches
 from errata.model.anatomy import anatomy
+from errata.model.attached import CONTEXT, STEERED, asked, bare, by_row, scoped, without_patches
 from errata.model.generate import cut, ended, greedy, says
 from errata.model.room import check_room
 from errata.model.states import evaluating, input_device
