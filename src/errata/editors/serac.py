@@ -421,5 +421,5 @@ def _whitened(states: Tensor, config: SERACConfig) -> tuple[Tensor, Tensor]:
     mean = states.mean(0)
     _, sizes, directions = torch.linalg.svd((states - mean).double(), full_matrices=False)
     width = min(config.width, len(sizes))
-    spread = sizes[:width].clamp(min=1e-6 * float(sizes[0])) / max(1, len(states) - 1) ** 0.5
+    spread = sizes[:width].clamp(min=0.01 * float(sizes[0])) / max(1, len(states) - 1) ** 0.5
     return mean, (directions[:width].T / spread * (2 / config.scale / width) ** 0.5).float()
