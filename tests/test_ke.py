@@ -62,7 +62,7 @@ def test_the_update_is_the_papers(family: str, gate: Any, tiny: Tiny, tokenizer:
             head = network.heads[at](conditions[i]).detach()
             b, a, d, c, eta = head.split([m.d_in, m.d_out, m.d_in, m.d_out, 1])
             rows = a.softmax(0) * (m.d_out if gate == "mean" else 1)
-            wanted = stored(model, m, gradient) * torch.outer(rows, b) + torch.outer(c.softmax(0), d)
+            wanted = network.unit * stored(model, m, gradient) * torch.outer(rows, b) + torch.outer(c.softmax(0), d)
             wanted = 0.7 * torch.sigmoid(eta) * wanted
             assert torch.allclose(update.U[i] @ update.V[i].mT, wanted, atol=1e-9)
             assert torch.allclose(update.squared()[i].sqrt(), wanted.norm(), rtol=1e-9)
@@ -106,6 +106,27 @@ def test_the_gradient_through_the_hypernetwork(tiny: Tiny, tokenizer: PreTrained
                 ends.append(float(loss().detach()))
                 named[name].view(-1)[at] -= sign * h
         assert float(gradients[name].view(-1)[at]) == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-3), name
+
+
+def test_training_begins_with_a_step_down_the_gradient(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of Polyak's size at the median item, unless a size or none is given; the heads' noise aside."""
+    model = tiny("gpt2").double()
+    learner = learner_of(model, tokenizer)
+    weights = [submodule(model, m.path).weight for m in learner.maps]
+    steps = []
+    for item in ITEMS[3:]:
+        asked = supervised(model, tokenizer, [item.prompt], [item.target_new])
+        loss = smoothed(asked, logits_of(model, asked))[0]
+        gradients = torch.autograd.grad(loss, weights)
+        steps.append(float(loss.detach()) / float(sum(g.square().sum() for g in gradients)))
+    assert float(learner.module.unit) == pytest.approx(sorted(steps)[(len(steps) - 1) // 2], rel=1e-6)
+    given, none = learner_of(model, tokenizer, start=0.02), learner_of(model, tokenizer, start=0.0)
+    assert float(given.module.unit) == pytest.approx(0.02) and float(none.module.unit) == 1
+    for found, mean in ((given, -2.0), (none, 0.0)):
+        with torch.no_grad():
+            conditions = found.module.read(tokenizer, ["Rome >> Tokyo || The capital of France is"])
+            drawn = found.module.heads[0](conditions)[0, : learner.maps[0].d_in]
+        assert float(drawn.mean()) == pytest.approx(mean, abs=0.3)
 
 
 def test_the_losses(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -175,7 +196,7 @@ def test_the_loop_goes_on_until_the_object_is_said(
 ) -> None:
     """Rounds add up: each takes the gradient of the model edited so far, or, as published for sequences, is the first again."""
     model = tiny("gpt2").double()
-    editor = trained(model, tokenizer, tmp_path, lr=1e-9, scale=1e-3)  # hardly trained: it never succeeds
+    editor = trained(model, tokenizer, tmp_path, lr=1e-9, scale=1e-3, start=0.0)  # hardly trained: it never succeeds
     config, _, tensors = editor.trained(model, tokenizer)
     network = editor.network(model, editor.maps(model, config), config)
     network.load_state_dict(tensors)
