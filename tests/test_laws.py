@@ -43,6 +43,9 @@ QUICK: dict[str, dict[str, Any]] = {  # settings that make a fit a matter of a t
     "ft_retrain": {"steps": 2, "every": 2, "epochs": 1},
     "defer": {"steps": 3},
     "memory": {"steps": 3},
+    "kn": {"steps": 3, "prompts": 2},
+    "ike": {"radius": 1e6, "encoder": "states", "prompts": 6},
+    "serac": {"layers": 1, "width": 8},
     "ke": {"loop": 2},
     "mend": {"rate": 1e-2},
 }
@@ -51,8 +54,10 @@ PRACTICE = tuple(
     TrainingItem(f"The capital of {name} is", "Goa", "Rome", (f"{name} is ruled from",), (("Earth is", "round"),))
     for name in ("Japan", "Brazil", "Nepal")
 )
-SCOPED = ("sake", "uniform", "actadd", "icl", "grace")
-CLOSED: dict[str, dict[str, Any]] = {method: {"radius": 1e-9} for method in SCOPED}  # nothing is in scope
+CLOSED: dict[str, dict[str, Any]] = {  # settings with which nothing is in scope, for every method that keeps out of it
+    "defer": {"threshold": 1.0},
+    "serac": {"threshold": 1 - 1e-9},
+} | {method: {"radius": 1e-9} for method in ("sake", "uniform", "actadd", "icl", "ike", "grace")}
 CLOSED["grace"]["layer"] = 1  # in the first of parallel blocks a token's key is the same in any text
 REQUESTS = (
     EditRequest(
@@ -241,7 +246,7 @@ def test_ctrl_c_in_a_fit_changes_nothing(bench: Bench) -> None:
 
     def interrupt(*_: Any) -> None:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == (1 if bench.method == "serac" else 2):  # a fit of SERAC has one pass of the model
             raise KeyboardInterrupt
 
     hook = anatomy(model).module(model, anatomy(model).site(0)).register_forward_pre_hook(interrupt)
@@ -256,8 +261,8 @@ def test_ctrl_c_in_a_fit_changes_nothing(bench: Bench) -> None:
 
 
 def test_out_of_scope_is_the_base(bench: Bench) -> None:
-    if bench.method not in CLOSED:
-        pytest.skip(f"{bench.method} declares no setting that closes its scope")
+    if not errata.get_editor(bench.method).scoped:
+        pytest.skip(f"{bench.method} promises nothing outside a scope")
     plain = bench.logits()
     elsewhere = EditRequest(subject="Mount Everest", prompt="{} lies in", target_true="Nepal", target_new="Goa")
     patch = editor(bench.method, **CLOSED[bench.method]).fit(bench.model, bench.tokenizer, [elsewhere])
@@ -284,7 +289,9 @@ def test_a_fit_of_many_is_the_sum_of_fits(method: str, tokenizer: PreTrainedToke
     assert seen == [(1, 2), (2, 2)]
     if getattr(errata.get_editor(method), "joint", False):
         assert both.ids == (first + second).ids  # written together: a column depends on what else was asked
-    elif both.low_rank:  # one part for all, searched as one batch: equal up to rounding
+    elif both.low_rank and len(both.low_rank) < len(
+        (first + second).low_rank
+    ):  # one part for all, searched as one batch: equal up to rounding
         assert both.ids == (first + second).ids
         for side in ("U", "V"):
             alone = torch.cat([getattr(patch.low_rank[0], side) for patch in (first, second)], 1)

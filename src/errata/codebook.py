@@ -24,12 +24,12 @@ Ask = Literal["last", "first"]
 class Place:
     """Where outputs are replaced, and who asks.
 
-    layer: the block, from 0, or "encoder.3" of an encoder-decoder's encoder; site: the linear map whose input asks and whose output is replaced (see `LowRank`). replace:
-    "each" token asks for itself and is itself replaced, so that it does not matter how a text is fed (cached, padded, at
-    once). As published one token asks for its row in each forward pass: the prompt's end where `handle.prompts` gives it, else
-    the row's "last" real token (ask="first": its first, BERT's CLS; in a decoder behind an encoder always the start token);
-    replaced are the "last" (the one that asks), "all", or
-    those before it ("prompt").
+    layer: the block, from 0, or "encoder.3" of an encoder-decoder's encoder; site: the linear map whose input asks and
+    whose output is replaced (see `LowRank`). replace: "each" token asks for itself and is itself replaced, so that it does
+    not matter how a text is fed (cached, padded, at once). As published one token asks for its row in each forward pass:
+    the prompt's end where `handle.prompts` gives it, else the row's "last" real token (ask="first": its first, BERT's CLS;
+    in a decoder behind an encoder always the start token); replaced are the "last" (the one that asks), "all", or those
+    before it ("prompt").
     """
 
     layer: Site

@@ -79,6 +79,12 @@ class Editor(ABC, Generic[C]):
         return cls(**(cls.presets[name] | changes))
 
     @classmethod
+    def traits(cls) -> dict[str, Any]:
+        """What the method says about itself, as JSON values: the row of `errata methods` and of docs/taxonomy.md."""
+        names = ("method", "summary", "place", "how", "streams", "learns", "scoped", "needs_subject")
+        return {name: getattr(cls, name) for name in names} | {"supports": list(cls.supports)}
+
+    @classmethod
     def wrote_jointly(cls, config: Mapping[str, Any]) -> bool:
         """Whether a patch of this method with this configuration holds one write for all its requests."""
         return cls.joint

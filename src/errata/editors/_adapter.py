@@ -13,15 +13,13 @@ from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
 from errata.editors._items import (
     Item,
-    check_targets,
     column_of,
     contradictions,
     items_of,
-    layer_of,
     losses_of,
+    place_of,
     says,
 )
-from errata.editors._models import late_layer
 from errata.editors._value_search import _without_gradients
 from errata.errors import AnatomyError, ConfigError
 from errata.low_rank_table import base_layer, sizes
@@ -38,15 +36,15 @@ class AdapterConfig:
 
     layer: negative from the end, "encoder.4" of an encoder; None for one near three quarters of the depth; site: the linear
     map, a role of the anatomy or a path in the block; key: the token that asks for its row, the prompt's "last" or "first";
-    None: the first of a classifier, else the last; replace: see `Place` (published: "all"). steps, lr: Adam's, for each
-    request; stop: nats at which a request is done, 0 for never. skip: leave out what the model already says. ending: text
-    that the model is to say behind the new object.
+    None: the first of a classifier, else the last; replace: see `Place` (published: "all"); None: "each" in a decoder, in
+    an encoder the one token that asks ("last"). steps, lr: Adam's, for each request; stop: nats at which a request is done,
+    0 for never. skip: leave out what the model already says. ending: text that the model is to say behind the new object.
     """
 
     layer: int | str | None = None
     site: str = "mlp_out"
     key: Literal["last", "first"] | None = None
-    replace: Replace = "each"
+    replace: Replace | None = None
     steps: int = 100
     lr: float = 0.1
     stop: float = 0.05
@@ -56,7 +54,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if min(self.steps, self.lr) <= 0 or self.stop < 0:
             raise ConfigError(f"expected steps and lr above 0 and stop of at least 0, found {self}")
-        Place(0, self.site, self.replace, self.key or "last")
+        Place(0, self.site, self.replace or "each", self.key or "last")
 
 
 C = TypeVar("C", bound=AdapterConfig)
@@ -68,6 +66,7 @@ class AdapterEditor(Editor[C]):
     joint = True
     place = "external memory"
     how = "optimised"
+    supports = ("decoder", "encoder-decoder", "classifier")
     streams = True
     supports = ("decoder", "encoder-decoder", "classifier")
     form: ClassVar[Literal["defer", "memory"]]
@@ -100,11 +99,8 @@ class AdapterEditor(Editor[C]):
         of another place, BaseMismatchError if it is of another model.
         """
         self.check(requests, model, tokenizer)
-        check_targets(model, requests)
-        parts = anatomy(model)
-        layer = layer_of(model, self.config.layer, late_layer(model))
-        key = self.config.key or ("first" if parts.role == "classifier" else "last")
-        place = Place(layer, self.config.site, self.config.replace, key)
+        parts, config = anatomy(model), self.config
+        place, _ = place_of(model, config.layer, config.site, config.replace, config.key)
         size = sizes(base_layer(submodule(model, place.path(parts))))
         if size is None:
             raise AnatomyError(f"expected a linear map at {place.path(parts)!r}, found none.")
@@ -125,7 +121,7 @@ class AdapterEditor(Editor[C]):
         everything = before.requests + tuple(requests)
         clashes = contradictions(everything)
         for request, right in zip(requests, said, strict=True):
-            report[request.id] |= {"layer": layer, "converged": right} | clashes.get(request.id, {})
+            report[request.id] |= {"layer": place.layer, "converged": right} | clashes.get(request.id, {})
         found = {name: t.detach().cpu().clone() for name, t in run.weights.items()}
         trained = () if run.inert else (self.part(tuple(r.id for r in everything), found, place),)
         return replace(before, requests=everything, parts=trained, report=before.report | report)

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from errata.codebook import Place, Replace
 from errata.edit import EditRequest, conflicts
+from errata.editors._models import late_layer
 from errata.editors._value_rows import Row, ValueJob, rows_of
-from errata.errors import AnatomyError, ConfigError, RequestError
+from errata.errors import AnatomyError, ConfigError
 from errata.model.anatomy import Site, anatomy
 from errata.model.labels import label_id
 from errata.model.states import input_device
@@ -124,6 +126,20 @@ def layer_of(model: Any, layer: Site | None, default: Site) -> Site:
     return f"encoder.{index}" if stack is parts.encoder else index
 
 
+def place_of(model: Any, layer: Site | None, site: str, replace: Replace | None, key: str | None) -> tuple[Place, str]:
+    """Where an editor acts, and which token asks: what its config leaves open is the model's to say.
+
+    The layer is near three quarters of the depth; a classifier asks at its first token, which the head reads, all others at
+    the prompt's last. In a decoder each token asks for itself; an encoder reads a text at once, and the token that asks is
+    the only one to be replaced. Raises AnatomyError for a layer that is not there.
+    """
+    parts, found = anatomy(model), layer_of(model, layer, late_layer(model))
+    asks = key or ("first" if parts.role == "classifier" else "last")
+    alone = parts.stack_of(found)[0].role != parts.role or parts.role == "classifier"
+    mode: Replace = replace or ("last" if alone and asks != "subject" else "each")
+    return Place(found, site, mode, "first" if asks == "first" else "last"), asks
+
+
 def column_of(model: Any, layer: Site, item: Any, which: str) -> int:
     """The token of an item that asks at a layer: the prompt's "first" or "last", or the "subject"'s last.
 
@@ -143,14 +159,3 @@ def contradictions(requests: Sequence[EditRequest]) -> dict[str, dict[str, list[
             found.setdefault(later.id, {}).setdefault("contradicts", []).append(earlier.id)
             found.setdefault(earlier.id, {}).setdefault("overruled", []).append(later.id)
     return found
-
-
-def check_targets(model: Any, requests: Sequence[EditRequest]) -> None:
-    """Raise RequestError, naming the request and the labels, for a target that is no label of a classifier."""
-    if anatomy(model).role != "classifier":
-        return
-    for number, request in enumerate(requests, 1):
-        try:
-            label_id(model, request.target_new)
-        except RequestError as error:
-            raise RequestError(f"request {number} ({request.text[:60]!r}): {error}") from None

@@ -28,17 +28,15 @@ from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
 from errata.editors._items import (
     Item,
-    check_targets,
     column_of,
     contradictions,
     items_of,
-    layer_of,
     logits_of,
     losses_of,
+    place_of,
     says,
     wanted,
 )
-from errata.editors._models import late_layer
 from errata.editors._value_rows import ValueJob
 from errata.editors._value_search import NLL, NormPenalty, Term, ValueSearchConfig, _without_gradients, search_values
 from errata.editors._weights import entry
@@ -63,10 +61,11 @@ class GRACEConfig:
     layer: negative from the end, "encoder.4" of an encoder; None for one near three quarters of the depth; site: the linear
     map, a role of the anatomy or a path in the block. key: the token that asks, the prompt's "last" or "first", or the
     "subject"'s (only where each token asks for itself); None: the first of a classifier, else the last. replace: see
-    `Place`. radius: of a new ball (the paper's epsilon), activation units; None for 0.6 |key|. start: "warm", the map's own
-    output or "cold" U[0, 1); training: plain "gradient" descent or with N(0, noise) added to the value at each step
-    ("perturbed"). steps, lr (Adam's, activation units), stop (nats, 0 for never), norm: weight of the penalty (|value -
-    output| / |output|)^2, for warm values at the MLP's output. expand, guard, defer, match, same: see `Rules`; same
+    `Place`; None: "each" in a decoder, in an encoder the one token that asks ("last"). radius: of a new ball (the paper's
+    epsilon), activation units; None for 0.6 |key|. start: "warm", the map's own output or "cold" U[0, 1); training: plain
+    "gradient" descent or with N(0, noise) added to the value at each step ("perturbed"). steps, lr (Adam's, activation
+    units), stop (nats, 0 for never), norm: weight of the penalty (|value - output| / |output|)^2, for warm values at the
+    MLP's output. expand, guard, defer, match, same: see `Rules`; same
     is at least 0.02 on models in half precision. skip: leave out what the model already says. ending: text that the model is
     to say behind the new object.
     """
@@ -74,7 +73,7 @@ class GRACEConfig:
     layer: int | str | None = None
     site: str = "mlp_out"
     key: Literal["last", "first", "subject"] | None = None
-    replace: Replace = "each"
+    replace: Replace | None = None
     radius: float | None = None
     start: Literal["warm", "cold"] = "warm"
     training: Literal["gradient", "perturbed"] = "gradient"
@@ -105,11 +104,11 @@ class GRACEConfig:
             raise ConfigError(
                 f"expected radius, lr and steps above 0, and stop, noise and norm of at least 0, found {self}"
             )
-        if self.key == "subject" and self.replace != "each":
+        if self.key == "subject" and self.replace not in ("each", None):
             raise ConfigError(
                 f"expected replace 'each' with keys at the subject, found {self.replace!r}: no other mode asks at the subject"
             )
-        Place(0, self.site, self.replace)
+        Place(0, self.site, self.replace or "each")
         self.rules(torch.float32)
 
     def rules(self, dtype: torch.dtype) -> Rules:
@@ -132,6 +131,7 @@ class GRACE(Editor[GRACEConfig]):
     batch = AHEAD
     place = "external memory"
     how = "optimised"
+    supports = ("decoder", "encoder-decoder", "classifier")
     streams = True
     supports = ("decoder", "encoder-decoder", "classifier")
     scoped = True
@@ -161,11 +161,8 @@ class GRACE(Editor[GRACEConfig]):
         of another layer or other rules, BaseMismatchError if it is of another model.
         """
         self.check(requests, model, tokenizer)
-        check_targets(model, requests)
-        parts, rules = anatomy(model), self.config.rules(model.dtype)
-        layer = layer_of(model, self.config.layer, late_layer(model))
-        key = self.config.key or ("first" if parts.role == "classifier" else "last")
-        place = Place(layer, self.config.site, self.config.replace, "first" if key == "first" else "last")
+        parts, rules, config = anatomy(model), self.config.rules(model.dtype), self.config
+        place, key = place_of(model, config.layer, config.site, config.replace, config.key)
         before = onto or Patch(self.method, asdict(self.config), (), base_of(model, tokenizer), ())
         _check_onto(before, place, rules, model, tokenizer)
         items = items_of(tokenizer, requests, self.config.ending)
@@ -186,7 +183,7 @@ class GRACE(Editor[GRACEConfig]):
                 said = stream.says(items)
         clashes = contradictions([*before.requests, *requests])
         for request, right in zip(requests, said, strict=True):
-            report[request.id] |= {"layer": layer, "converged": right} | clashes.get(request.id, {})
+            report[request.id] |= {"layer": place.layer, "converged": right} | clashes.get(request.id, {})
         return replace(
             before, requests=before.requests + tuple(requests), parts=tuple(made), report=before.report | report
         )
