@@ -61,7 +61,7 @@ class Bench:
     def __init__(self, method: str, family: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast):
         self.method, self.model, self.tokenizer = method, model, tokenizer
         self.classifies = family in CLASSIFIERS
-        self.requests = CLAIMS if self.classifies else QUESTIONS
+        self.requests: tuple[EditRequest, ...] = CLAIMS if self.classifies else QUESTIONS
         if self.classifies:  # to a label that the model does not say: some methods leave the others out
             said = predicted_labels(model, tokenizer, [r.text for r in CLAIMS])
             new = [next(label for label in LABELS if label != now) for now in said]

@@ -158,7 +158,7 @@ class KN(Editor[KNConfig]):
             for layer, slots in enumerate(kept)
             if bool(slots.any())
         ]
-        with adding(model, {part.layer: (part.U, part.V) for part in parts}):
+        with adding(model, {int(part.layer): (part.U, part.V) for part in parts}):
             [said] = all_said(model, tokenizer, [(request.text, request.target_new)])
         notes = {
             "prompts": len(prompts),
