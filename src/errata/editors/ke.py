@@ -56,7 +56,7 @@ class KEConfig(HyperConfig):
     """Settings of KnowledgeEditor; see `HyperConfig` for layers (None: all). Sizes of None follow the model's width d.
 
     hidden: of the LSTM, each way (d / 6); condition: of the condition vector (4 d / 3); bottleneck: of each head (d / 6);
-    tokens: of the condition text, cut from the left. scale: s; start: the size of a step down the gradient, with which training
+    tokens: of the condition text, cut at its end. scale: s; start: the size of a step down the gradient, with which training
     begins and in which gradients are counted (0: neither, as published; None: Polyak's, loss / |gradient|^2); gate: whether the
     softmax that gates the gradient has "mean" one or "sum" one; biases: edit the maps' biases too. objective: "lagrangian", or
     "penalty", edit x loss + 1 x KL with no constraint (as retrained by Mitchell et al. 2022). variant: what is constrained;
@@ -242,7 +242,7 @@ class Hypernetwork(nn.Module):
     def read(self, tokenizer: Any, texts: Sequence[str]) -> Tensor:
         """(n, condition) of n texts."""
         device = self.embedding.weight.device
-        rows = [row[-self.config.tokens :] for row in token_ids(tokenizer, texts)]
+        rows = [row[: self.config.tokens] for row in token_ids(tokenizer, texts)]
         batch = pad(rows, 0, device)
         packed = pack_padded_sequence(
             self.embedding(batch.ids), batch.lengths.cpu(), batch_first=True, enforce_sorted=False
