@@ -100,7 +100,7 @@ def test_a_classifier_asks_at_the_token_that_its_head_reads(closing_tokenizer: P
     assert (part.place.ask, part.place.replace) == ("first", "last")
     rows = [closing_tokenizer(t)["input_ids"] for t in (TEXTS[0], "Zürich lies in Switzerland", "Tokyo")]
     seen: list[torch.Tensor] = []
-    module = model.bert.encoder.layer[0].output.dense
+    module = model.bert.encoder.layer[0].intermediate.dense
     with torch.no_grad():
         plain = model(**pad(rows, 0).inputs(model)).logits
         hook = module.register_forward_hook(lambda m, args, out: seen.append(args[0][0, 0]))
