@@ -152,8 +152,8 @@ def test_a_stream_of_the_docket() -> None:
     plain = predicted_labels(model, tokenizer, [c.text for c in cases])
     patch = GRACE().fit(model, tokenizer, requests)
     edited = [r for r in requests if patch.report[r.id].get("outcome") != "already"]
-    wrong = [r for r, said, c in zip(requests, plain, cases, strict=True) if said != names[c.label]]
-    assert 0 < len(edited) <= len(wrong) and {r.id for r in edited} <= {r.id for r in wrong}
+    wrong = sum(said != names[c.label] for said, c in zip(plain, cases, strict=True))
+    assert 0 < len(edited) <= wrong
     book = Site(patch.outputs).book
     assert book is not None and len(book) <= len(edited)
     with patch.attach(model, tokenizer):

@@ -131,9 +131,9 @@ def place_of(
 ) -> tuple[Place, str]:
     """Where an editor acts, and which token asks: what its config leaves open is the model's to say.
 
-    The layer is near three quarters of the depth, and the map its MLP; a classifier asks at its first token, which the head reads, all others at
-    the prompt's last. In a decoder each token asks for itself; an encoder reads a text at once, and the token that asks is
-    the only one to be replaced. Raises AnatomyError for a layer that is not there.
+    The layer is near three quarters of the depth, and the map its MLP; a classifier asks at its first token, which the head
+    reads, all others at the prompt's last. In a decoder each token asks for itself; an encoder reads a text at once, and
+    the token that asks is the only one to be replaced. Raises AnatomyError for a layer that is not there.
     """
     parts, found = anatomy(model), layer_of(model, layer, late_layer(model))
     asks = key or ("first" if parts.role == "classifier" else "last")
