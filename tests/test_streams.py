@@ -235,7 +235,7 @@ def saved(path: Path, *rows: Any) -> Path:
 
 
 def test_fever_turns_verdicts_round(tmp_path: Path) -> None:
-    plain = {k: FEVER[k] for k in ("id", "input", "output", "rephrases")} | {"id": "f2"}
+    plain = {k: FEVER[k] for k in ("id", "input", "output", "rephrases")} | {"id": "f2", "input": "A bridge is of tin."}
     path = saved(tmp_path / "fever-dev-kilt.jsonl", FEVER, plain)
     assert layout_of(path) == "fever" and not check("fever", path=path)
     first, second = load_cases("fever", path=path)
@@ -267,7 +267,7 @@ def test_scotus_rows(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="row 1, field label"):
         load_cases(str(saved(tmp_path / "bad.jsonl", {"text": "A", "label": "torts"})))
     with pytest.raises(RecordError, match="did you mean 'label'"):
-        load_cases("scotus", path=saved(tmp_path / "worse.jsonl", {"text": "A", "labels": 1, "label": 1}))
+        load_cases("scotus", path=saved(tmp_path / "worse.jsonl", {"text": "A", "lable": 1}))
 
 
 @pytest.mark.parametrize("name", ["atlas-fever", "atlas-zsre", "atlas-docket"])
@@ -277,7 +277,7 @@ def test_atlas_has_equivalents(name: str) -> None:
     assert load_cases(name, n=30, split="dev") == dev and not [p for p in check(name, n=30) if p.kind != "in prompt"]
     for case in test:
         texts = [p.prompt for p in case.probes]
-        assert case.probes[0].kind == "edit" and len(texts) == len(set(texts)) and len(texts) > 2
+        assert case.probes[0].kind == "edit" and len(texts) == len(set(texts)) and len(texts) > 1
         assert {"paraphrase"} <= {p.kind for p in case.probes} and case.tags["split"] == "test"
     if name == "atlas-zsre":
         assert all(case.request.subject for case in test[:5])
