@@ -266,8 +266,8 @@ def test_scotus_rows(tmp_path: Path) -> None:
     assert first.request.text == "The court below held { } so."
     with pytest.raises(RecordError, match="row 1, field label"):
         load_cases(str(saved(tmp_path / "bad.jsonl", {"text": "A", "label": "torts"})))
-    with pytest.raises(RecordError, match="did you mean 'label'"):
-        load_cases("scotus", path=saved(tmp_path / "worse.jsonl", {"text": "A", "lable": 1}))
+    with pytest.raises(RecordError, match="did you mean 'text'"):
+        load_cases("scotus", path=saved(tmp_path / "worse.jsonl", {"texts": "A", "label": 1}))
 
 
 @pytest.mark.parametrize("name", ["atlas-fever", "atlas-zsre", "atlas-docket"])

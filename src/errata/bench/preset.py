@@ -24,6 +24,8 @@ class Method:
     """A method as a run has it. label: its name in tables; editor: the method's file; setting: each edit alone on the model
     ("single"), all of them at once ("all"), one after another on the model that the earlier ones left ("sequential"), or so, but
     only what the model by then gets wrong ("stream", see `errata.bench.streams`).
+    apart: of a sequence whose edits do not bear on each other's fits, as steering's do not, so that fits may be spread. most:
+    how many of Atlas's cases it is given, the first ones, where no other number is asked for.
     """
 
     label: str
@@ -31,6 +33,8 @@ class Method:
     setting: Setting = "single"
     preset: str | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
+    apart: bool = False
+    most: int | None = None
 
 
 @dataclass(frozen=True)
