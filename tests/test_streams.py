@@ -96,6 +96,7 @@ def test_what_fails_is_named_and_the_rest_goes_on() -> None:
     [(edit, why)] = errors.items()
     assert edit == items(4)[1].id and why == "too long"
     assert len(streams.edited(patch)) == 3
+    assert streams.follow(editor, None, None, items(4), 4, patch) == (patch, {})  # it is not tried again
     rows = streams.entries(
         "fake", [Case(f"c{i}", r, ()) for i, r in enumerate(items(4))], patch, streams.edited(patch), errors
     )
@@ -179,7 +180,7 @@ def test_a_stream_run_and_resumed(streamed: tuple[Path, Any]) -> None:
     assert looks[:2] == [3, 6] and looks[-1] == len(fits) and not any(fits["error"])
     plain = rows[(rows["method"] == "unedited") & (rows["kind"] == "edit")]
     wrong = set(plain.loc[~plain["passed"], "case"])
-    assert set(fits["case"]) <= wrong and len(fits) >= len(wrong) - 2  # an edit may mend a later item
+    assert abs(len(fits) - len(wrong)) <= 3  # an edit may mend a later item, or come in its way
     at = rows[(rows["method"] == "grace") & (rows["edits"] == 3)]
     assert set(at["kind"]) == {"edit", "paraphrase", "upstream"} and set(at.loc[at["case"] != "", "case"]) == set(
         fits["case"][:3]
