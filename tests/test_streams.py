@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import errata
+from conftest import tiny_other
 from errata.bench import streams
 from errata.bench.cases import Case, Probe
 from errata.bench.data import check, load_cases
+from errata.bench.data.kilt import KiltRecord, annotated
 from errata.bench.data.registry import layout_of
 from errata.bench.intervals import Rate
 from errata.bench.preset import Context, Method, Preset, get_preset
@@ -332,3 +334,39 @@ def test_presets_name_the_papers_methods() -> None:
     assert {"ft", "ft-l", "kn", "ke", "ke-cf", "mend", "mend-cf", "rome"} <= {
         m.label for m in get_preset("rome-counterfact").methods
     }
+
+
+def test_claims_in_the_runner(closing_tokenizer: Any, tmp_path: Path) -> None:
+    """Fine-tuned weights are asked edit by edit; other claims are each other's; the table and the scatter come out of the rows."""
+    names = {0: "REFUTES", 1: "SUPPORTS"}
+    model = tiny_other("bert", id2label=names, label2id={v: k for k, v in names.items()})
+    texts = ["The bridge is of tin.", "Paris is in France.", "Tokyo lies in Brazil."]
+    rows = [
+        FEVER | {"id": f"f{i}", "input": text, "rephrases": [text[:-1], f"{text} So."]} for i, text in enumerate(texts)
+    ]
+    path = saved(tmp_path / "claims.jsonl", *rows)
+    made = ke_fever.cases(Context("tiny", model, closing_tokenizer, data=str(path)))
+    said = {r.input: r.prediction for r in annotated(model, closing_tokenizer, [KiltRecord(**row) for row in rows])}
+    assert [c.request.target_true for c in made] == list(said.values()) and all(
+        c.request.target_new != said[c.request.text] for c in made
+    )
+    others = [p for p in made[0].probes if p.tags.get("of") == "other claims"]
+    assert sorted(p.prompt for p in others) == sorted(texts[1:]) and all(
+        p.expected == (said[p.prompt],) for p in others
+    )
+    quick = {"lr": 3e-2, "steps": 30}
+    methods = (Method("ft-first", "ft", "single", "ke-first", quick), Method("ke", "ke", "single"))
+    for preset in ("ke-fever", "ke-logits"):
+        plan = Plan(get_preset(preset), "tiny", methods, data=str(path))
+        out = tmp_path / preset
+        run(plan, out, model, closing_tokenizer, cache=False)
+        found = read_rows(out)
+        own = found[found["method"] == "ft-first"]
+        assert own.loc[own["kind"] == "edit", "passed"].all() and own["p_alternative"].notna().all()
+        [first, *_] = plan.preset.tables(found, out)
+        labels = [str(row[0]) for row in first.rows]
+        assert (
+            "ft-first" in labels and labels[-1] == "ke" and first.rows[-1][1] is None and "ke: not run: " in first.note
+        )
+    figures = get_preset("ke-logits").figures
+    assert figures is not None and figures(found, out)[0][0].stat().st_size > 5000
