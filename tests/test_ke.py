@@ -13,6 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 import errata
 from conftest import ANSWERERS, CLASSIFIERS, hooks_of, tiny_other
+from errata.atlas.requests import counterfactual_requests
+from errata.atlas.training import training_items
+from errata.atlas.world import load_world
 from errata.edit import EditRequest
 from errata.editors._hypernetwork import Update, edited, logits_of, signals, smoothed
 from errata.editors._learned import read_artefact
@@ -20,6 +23,7 @@ from errata.editors.ke import KELearner, KnowledgeEditor, condition
 from errata.errors import ConfigError
 from errata.model.anatomy import submodule
 from errata.model.targets import supervised
+from errata.patch import attach_rows
 from errata.training import TrainingItem
 from test_mend import FRANCE, ITEMS, NEEDLE, stored
 
@@ -62,7 +66,7 @@ def test_the_update_is_the_papers(family: str, gate: Any, tiny: Tiny, tokenizer:
             head = network.heads[at](conditions[i]).detach()
             b, a, d, c, eta = head.split([m.d_in, m.d_out, m.d_in, m.d_out, 1])
             rows = a.softmax(0) * (m.d_out if gate == "mean" else 1)
-            wanted = stored(model, m, gradient) * torch.outer(rows, b) + torch.outer(c.softmax(0), d)
+            wanted = network.unit * stored(model, m, gradient) * torch.outer(rows, b) + torch.outer(c.softmax(0), d)
             wanted = 0.7 * torch.sigmoid(eta) * wanted
             assert torch.allclose(update.U[i] @ update.V[i].mT, wanted, atol=1e-9)
             assert torch.allclose(update.squared()[i].sqrt(), wanted.norm(), rtol=1e-9)
@@ -106,6 +110,27 @@ def test_the_gradient_through_the_hypernetwork(tiny: Tiny, tokenizer: PreTrained
                 ends.append(float(loss().detach()))
                 named[name].view(-1)[at] -= sign * h
         assert float(gradients[name].view(-1)[at]) == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-3), name
+
+
+def test_training_begins_with_a_step_down_the_gradient(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of Polyak's size at the median item, unless a size or none is given; the heads' noise aside."""
+    model = tiny("gpt2").double()
+    learner = learner_of(model, tokenizer)
+    weights = [submodule(model, m.path).weight for m in learner.maps]
+    steps = []
+    for item in ITEMS[3:]:
+        asked = supervised(model, tokenizer, [item.prompt], [item.target_new])
+        loss = smoothed(asked, logits_of(model, asked))[0]
+        gradients = torch.autograd.grad(loss, weights)
+        steps.append(float(loss.detach()) / float(sum(g.square().sum() for g in gradients)))
+    assert float(learner.module.unit) == pytest.approx(sorted(steps)[(len(steps) - 1) // 2], rel=1e-6)
+    given, none = learner_of(model, tokenizer, start=0.02), learner_of(model, tokenizer, start=0.0)
+    assert float(given.module.unit) == pytest.approx(0.02) and float(none.module.unit) == 1
+    for found, mean in ((given, -2.0), (none, 0.0)):
+        with torch.no_grad():
+            conditions = found.module.read(tokenizer, ["Rome >> Tokyo || The capital of France is"])
+            drawn = found.module.heads[0](conditions)[0, : learner.maps[0].d_in]
+        assert float(drawn.mean()) == pytest.approx(mean, abs=0.3)
 
 
 def test_the_losses(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -175,7 +200,7 @@ def test_the_loop_goes_on_until_the_object_is_said(
 ) -> None:
     """Rounds add up: each takes the gradient of the model edited so far, or, as published for sequences, is the first again."""
     model = tiny("gpt2").double()
-    editor = trained(model, tokenizer, tmp_path, lr=1e-9, scale=1e-3)  # hardly trained: it never succeeds
+    editor = trained(model, tokenizer, tmp_path, lr=1e-9, scale=1e-3, start=0.0)  # hardly trained: it never succeeds
     config, _, tensors = editor.trained(model, tokenizer)
     network = editor.network(model, editor.maps(model, config), config)
     network.load_state_dict(tensors)
@@ -331,3 +356,26 @@ def test_what_is_refused(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None
     with pytest.raises(ConfigError, match="about more than the"):
         KnowledgeEditor().train(tiny("gpt2"), tokenizer, [TrainingItem("a b", "c")], Path("unused"))
     assert EditRequest(prompt="x", target_new="y").text == "x"
+
+
+@pytest.mark.slow
+def test_training_on_atlas_lowers_the_loss_and_keeps_the_rest(tmp_path: Path) -> None:
+    """Two dozen steps on dev facts: the new objects become likelier at facts held out, within reach of the loop; others stay."""
+    model, tokenizer = errata.load("atlas")
+    items = training_items(load_world(), "atlas", 200, drawn=1, bare=False)
+    options: dict[str, Any] = {"steps": 24, "every": 24, "held_out": 16}
+    path = KnowledgeEditor.preset("atlas", **options).train(model, tokenizer, items, tmp_path)
+    [figures] = read_artefact(path)[0]["curve"]
+    assert figures["retain"] >= 0.9 and figures["kl"] < 0.2
+    requests = counterfactual_requests(load_world(), 6, split="dev", seed=5)
+    patches = {
+        n: KnowledgeEditor.preset("atlas", artefact=str(path), loop=n).fit(model, tokenizer, requests) for n in (1, 5)
+    }
+    asked = supervised(model, tokenizer, [r.text for r in requests], [r.target_new for r in requests])
+    with torch.no_grad():
+        before = asked.nll(logits_of(model, asked))
+        with attach_rows(model, tokenizer, [patches[1].only(r.id) for r in requests]):
+            after = asked.nll(logits_of(model, asked))
+    assert float((after < before).float().mean()) == 1 and float(after.mean()) < 0.6 * float(before.mean())
+    converged = {n: sum(entry["converged"] for entry in patch.report.values()) for n, patch in patches.items()}
+    assert converged[5] >= max(4, converged[1])

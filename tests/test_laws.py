@@ -246,7 +246,7 @@ def test_ctrl_c_in_a_fit_changes_nothing(bench: Bench) -> None:
 
     def interrupt(*_: Any) -> None:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == (1 if bench.method == "serac" else 2):  # a fit of SERAC has one pass of the model
             raise KeyboardInterrupt
 
     hook = anatomy(model).module(model, anatomy(model).site(0)).register_forward_pre_hook(interrupt)
@@ -289,7 +289,9 @@ def test_a_fit_of_many_is_the_sum_of_fits(method: str, tokenizer: PreTrainedToke
     assert seen == [(1, 2), (2, 2)]
     if getattr(errata.get_editor(method), "joint", False):
         assert both.ids == (first + second).ids  # written together: a column depends on what else was asked
-    elif both.low_rank and len(both.low_rank) < len((first + second).low_rank):  # one part for all, searched as one batch: equal up to rounding
+    elif both.low_rank and len(both.low_rank) < len(
+        (first + second).low_rank
+    ):  # one part for all, searched as one batch: equal up to rounding
         assert both.ids == (first + second).ids
         for side in ("U", "V"):
             alone = torch.cat([getattr(patch.low_rank[0], side) for patch in (first, second)], 1)

@@ -101,7 +101,7 @@ def test_the_scope_is_the_classifiers(tiny: Tiny, tokenizer: PreTrainedTokenizer
     _, _, tensors = editor.trained(model, tokenizer)
     texts = [r.text for r in (FRANCE, NEEDLE)] + [t for i in ITEMS for t in (i.prompt, *i.rephrases)]
     layer = patch.steering[0].gate.layers[0]
-    x = (last_states(model, tokenizer, texts, layer) - tensors["mean"]) @ tensors["projection"]
+    x = (last_states(model, tokenizer, texts, layer) - tensors["mean"]) @ tensors["basis"] @ tensors["weight"]
     beta = torch.exp(-0.7 * (x[:, None] - x[None, :2]).square().sum(-1))
     with patch.attach(model, tokenizer) as handle:
         decisions = handle.decide(texts)

@@ -31,7 +31,7 @@ from errata.patch import Part, Patch
 from errata.training import TrainingItem
 
 GROUP = 16  # requests that are fitted as one batch
-TINY = 1e-10  # a column's share of the largest one's size below which it is rounding
+TINY = 1e-6  # a column's share of the largest one's size below which it is rounding
 Parameters = Literal["weights", "mlp"]
 
 
@@ -355,6 +355,7 @@ class HyperEditor(LearnedEditor[H]):
 
     place: ClassVar[str] = "global optimisation"
     how: ClassVar[str] = "direct"
+    supports = ("decoder", "encoder-decoder", "classifier")
     batch = GROUP
 
     @abstractmethod

@@ -139,8 +139,9 @@ class LearnedEditor(Editor[C]):
 
         minutes: stop after so long, with a checkpoint and an artefact of what has been learnt; the same call goes on later.
         progress: called with (steps made, steps in all); watch: with each validation's figures. Model and random state stay.
-        Raises ConfigError for too few items, or a checkpoint of another training; AnatomyError for an unsupported model.
+        Raises ConfigError for too few items, or a checkpoint of another training; UnsupportedModelError, AnatomyError.
         """
+        self.check_model(model)
         training, held_out = _parted(items, self.config.held_out, seed)
         identity = {
             "method": self.method, "config": self._trained_config(), "seed": seed,

@@ -9,10 +9,10 @@ constraint is violated; the margin shrinks as soon as most edits succeed. "+P^x"
 as well; "+loop" applies the editor again while the model does not say it. Emits low-rank parts, and dense ones for biases.
 
 Differs from the released code by default (preset "paper" restores sizes and strengths): the gate of the gradient averages one
-over the rows of W (its softmax alone sums to one, which a small budget of training cannot make up for); sizes follow the
-model's width; a step takes several edits, each with retained prompts of its own; the loop takes the gradient anew each
-round, for any model (the code's sequence models add the same update again, and stop by a rephrase: loop_recompute=False,
-loop_stop="rephrase").
+over the rows of W (its softmax alone sums to one), and training starts from a step down the gradient, not from noise, which
+takes hours off it; sizes follow the model's width; a step takes several edits, each with retained prompts of its own; the loop
+takes the gradient anew each round, for any model (the code's sequence models add the same update again, and stop by a
+rephrase: loop_recompute=False, loop_stop="rephrase").
 """
 
 from collections.abc import Sequence
@@ -43,10 +43,12 @@ from errata.errors import ConfigError
 from errata.model.anatomy import anatomy
 from errata.model.generate import greedy_answers
 from errata.model.states import input_device
+from errata.model.targets import supervised
 from errata.model.tokens import pad, token_ids
 from errata.training import TrainingItem
 
 ROUNDS = 5  # at most, of the loop
+POLYAK = 16  # items by which the first step's size is chosen
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,15 @@ class KEConfig(HyperConfig):
     """Settings of KnowledgeEditor; see `HyperConfig` for layers (None: all). Sizes of None follow the model's width d.
 
     hidden: of the LSTM, each way (d / 6); condition: of the condition vector (4 d / 3); bottleneck: of each head (d / 6);
-    tokens: of the condition text, cut from the left. scale: s; gate: whether the softmax that gates the gradient has "mean" one
-    or "sum" one; biases: edit the maps' biases too. objective: "lagrangian", or "penalty", edit x loss + 1 x KL with no
-    constraint (as retrained by Mitchell et al. 2022). variant: what is constrained; margins in nats and weight units, the
-    first and the least (None: by the model's kind, as published); margin_factor, margin_when: m becomes max(factor m, least)
-    at a validation whose success is above `when`; lp: mean over matrices of rms(dW), or "all" as one. multiplier_lr: of the
-    multipliers. smoothing: of labels (None: 0.1, 0 for a classifier); views: +P^x. optimizer; warmup: steps to the full lr,
-    which then falls linearly to 0. loop: rounds at most (1: none); loop_recompute, loop_stop: see above.
+    tokens: of the condition text, cut at its end. scale: s; start: the size of a step down the gradient, with which training
+    begins and in which gradients are counted (0: neither, as published; None: Polyak's, loss / |gradient|^2); gate: whether the
+    softmax that gates the gradient has "mean" one or "sum" one; biases: edit the maps' biases too. objective: "lagrangian", or
+    "penalty", edit x loss + 1 x KL with no constraint (as retrained by Mitchell et al. 2022). variant: what is constrained;
+    margins in nats and weight units, the first and the least (None: by the model's kind, as published); margin_factor,
+    margin_when: m becomes max(factor m, least) at a validation whose success is above `when`; lp: mean over matrices of rms(dW),
+    or "all" as one. multiplier_lr: of the multipliers. smoothing: of labels (None: 0.1, 0 for a classifier); views: +P^x.
+    optimizer; warmup: steps to the full lr, which then falls linearly to 0. loop: rounds at most (1: none); loop_recompute,
+    loop_stop: see above.
     """
 
     hidden: int | None = None
@@ -68,6 +72,7 @@ class KEConfig(HyperConfig):
     bottleneck: int | None = None
     tokens: int = 64
     scale: float = 1.0
+    start: float | None = None
     gate: Literal["mean", "sum"] = "mean"
     biases: bool = False
     objective: Literal["lagrangian", "penalty"] = "lagrangian"
@@ -116,14 +121,14 @@ class KEConfig(HyperConfig):
 
 
 _PAPER: dict[str, Any] = {
-    "hidden": 128, "condition": 1024, "bottleneck": 128, "tokens": 32, "gate": "sum", "lr": 3e-4, "warmup": 1000,
+    "hidden": 128, "condition": 1024, "bottleneck": 128, "tokens": 32, "start": 0.0, "gate": "sum", "lr": 3e-4, "warmup": 1000,
     "steps": 200_000, "every": 1000, "batch": 64, "retain": 1,
 }  # fmt: skip
 # KnowledgeEditor as it was retrained beside MEND ("EFK"), the "KE" of ROME's tables: no Lagrangian, MEND's maps and loss.
 _MEND_CODE: dict[str, Any] = {
-    "name": "ke-mend-code", "hidden": 512, "condition": 768, "bottleneck": 512, "gate": "sum", "objective": "penalty", "optimizer": "adam",
-    "lr": 1e-5, "warmup": 0, "views": False, "loop": 1, "smoothing": 0.0, "parameters": "mlp", "batch": 10, "retain": 1,
-    "steps": 100_000, "every": 500, "held_out": 500,
+    "name": "ke-mend-code", "hidden": 512, "condition": 768, "bottleneck": 512, "start": 0.0, "gate": "sum",
+    "objective": "penalty", "optimizer": "adam", "lr": 1e-5, "warmup": 0, "views": False, "loop": 1, "smoothing": 0.0,
+    "parameters": "mlp", "batch": 10, "retain": 1, "steps": 100_000, "every": 500, "held_out": 500,
 }  # fmt: skip
 
 
@@ -159,7 +164,10 @@ class KnowledgeEditor(HyperEditor[KEConfig]):
         """The hypernetwork with its multipliers and optimisers."""
         maps = self.maps(model, self.config)
         network = self.network(model, maps, self.config)
-        return KELearner(self.config, model, tokenizer, items, held_out, network, maps, seed)
+        learner = KELearner(self.config, model, tokenizer, items, held_out, network, maps, seed)
+        if self.config.start != 0:
+            network.begin(self.config.start or learner.natural_step(items[:POLYAK]))
+        return learner
 
     def propose(
         self, config: KEConfig, network: "Hypernetwork", fitting: Fitting
@@ -201,7 +209,9 @@ def condition(prediction: str, target: str, prompt: str) -> str:
 
 
 class Hypernetwork(nn.Module):
-    """Condition text -> condition vector -> for each map the vectors of its update."""
+    """Condition text -> condition vector -> for each map the vectors of its update. unit: what gradients are counted in."""
+
+    unit: Tensor
 
     def __init__(self, embedding: Tensor, maps: Sequence[LinearMap], config: KEConfig, d: int):
         super().__init__()
@@ -219,12 +229,20 @@ class Hypernetwork(nn.Module):
         self.heads = nn.ModuleList([head(2 * (m.d_in + m.d_out) + 1) for m in maps])
         biased = [m.d_out if config.biases and m.biased else 0 for m in maps]
         self.bias_heads = nn.ModuleList([head(2 * d_out + 1) if d_out else nn.Identity() for d_out in biased])
+        self.register_buffer("unit", torch.ones(()))
         self.multipliers = nn.ParameterDict({name: torch.ones(()) for name in constrained(config)})
+
+    @torch.no_grad()
+    def begin(self, step: float) -> None:
+        """Count the gradient in units of `step`, and begin with the update -step grad W, but for the heads' noise."""
+        self.unit.fill_(step)
+        for m, head in zip(self.maps, self.heads, strict=True):
+            head[-1].bias[: m.d_in] -= 2 / self.config.scale  # sigma(eta) is a half
 
     def read(self, tokenizer: Any, texts: Sequence[str]) -> Tensor:
         """(n, condition) of n texts."""
         device = self.embedding.weight.device
-        rows = [row[-self.config.tokens :] for row in token_ids(tokenizer, texts)]
+        rows = [row[: self.config.tokens] for row in token_ids(tokenizer, texts)]
         batch = pad(rows, 0, device)
         packed = pack_padded_sequence(
             self.embedding(batch.ids), batch.lengths.cpu(), batch_first=True, enforce_sorted=False
@@ -242,7 +260,7 @@ class Hypernetwork(nn.Module):
         widths = [m.d_in, m.d_out, m.d_in, m.d_out, 1]
         col_a, row_a, col_b, row_b, eta = self.heads[i](conditions).split(widths, -1)
         step = s * torch.sigmoid(eta)
-        gate = step * row_a.softmax(-1) * (m.d_out if self.config.gate == "mean" else 1)
+        gate = step * self.unit * row_a.softmax(-1) * (m.d_out if self.config.gate == "mean" else 1)
         x, delta = signal.x.to(conditions.dtype), signal.delta.to(conditions.dtype)
         U = torch.cat([gate[:, None] * delta, (step * row_b.softmax(-1))[:, None]], 1).mT
         V = torch.cat([col_a[:, None] * x, col_b[:, None]], 1).mT
@@ -283,6 +301,13 @@ class KELearner(HyperLearner):
         self.optimisers = {"network": chosen(self.network, config.lr)}
         if self.multipliers:
             self.optimisers["multipliers"] = _centred(self.multipliers, config.multiplier_lr, maximize=True)
+
+    def natural_step(self, items: Sequence[TrainingItem]) -> float:
+        """Polyak's step, loss / |gradient|^2, at the median item: where a line down the gradient reaches zero loss."""
+        asked = supervised(self.model, self.tokenizer, [i.prompt for i in items], [self.target(i) for i in items])
+        found, logits = signals(self.model, self.maps, asked)
+        squared = torch.stack([Update(s.delta.mT, s.x.mT).squared() for s in found]).sum(0)
+        return float((smoothed(asked, logits) / squared.clamp(min=1e-12)).median())
 
     def updates(self, items: Sequence[TrainingItem]) -> list[Update]:
         """The hypernetwork's updates, of the unedited model."""

@@ -154,11 +154,11 @@ class KN(Editor[KNConfig]):
         delta = delta - self._direction(model, tokenizer, request, request.target_true) * config.erase
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         parts = [
-            LowRank((request.id,), delta[:, None].to(dtype), slots[:, None].to(dtype), layer)
+            LowRank((request.id,), delta[:, None].to(dtype, copy=True), slots[:, None].to(dtype), layer)
             for layer, slots in enumerate(kept)
             if bool(slots.any())
         ]
-        with adding(model, {part.layer: (part.U, part.V) for part in parts}):
+        with adding(model, {int(part.layer): (part.U, part.V) for part in parts}):
             [said] = all_said(model, tokenizer, [(request.text, request.target_new)])
         notes = {
             "prompts": len(prompts),

@@ -84,6 +84,8 @@ _PAPER: dict[str, Any] = {
     "rank": 1920, "spread": 1.0, "last": "clamp", "sign": "plus", "rate_lr": None, "outer": "rephrase", "lr": 1e-6,
     "batch": 10, "retain": 1, "steps": 100_000, "every": 500, "held_out": 500,
 }  # fmt: skip
+# Chosen on Atlas's dev facts, whose statements end behind the object.
+_ATLAS: dict[str, Any] = {"layers": "all", "ending": ".", "batch": 4, "retain": 2, "steps": 1000, "every": 100}
 
 
 class MEND(HyperEditor[MENDConfig]):
@@ -92,7 +94,12 @@ class MEND(HyperEditor[MENDConfig]):
     method = "mend"
     summary = "networks that turn an edit's gradient into a low-rank update (Mitchell et al. 2022)"
     Config = MENDConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": _PAPER, "mend-cf": {"name": "mend-cf"}}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": _PAPER,
+        "mend-cf": {"name": "mend-cf"},
+        "atlas": _ATLAS,
+        "atlas-cf": {**_ATLAS, "name": "mend-cf"},
+    }
 
     def maps(self, model: Any, config: MENDConfig) -> list[LinearMap]:
         """The MLPs' linear maps of the last blocks."""

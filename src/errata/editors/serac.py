@@ -52,7 +52,7 @@ class SERACConfig(LearnedConfig):
     reads: int | None = None
     width: int = 64
     scale: float = 1.0
-    gate_lr: float = 1e-2
+    gate_lr: float = 3e-3
     supervised: bool = True
     edit: float = 0.1
     locality: float = 1.0
@@ -80,6 +80,7 @@ class SERACConfig(LearnedConfig):
             )
 
 
+DIRECTIONS = 4  # of the states, for each of phi's
 FAINT = 1e-3  # beta below which a soft mixture is not made
 
 
@@ -127,7 +128,7 @@ class SERAC(LearnedEditor[SERACConfig]):
         config, _, tensors = self.trained(model, tokenizer)
         role = anatomy(model).role
         radius = math.sqrt(-math.log(FAINT if config.mix == "soft" else config.threshold))
-        projection = tensors["projection"] * config.scale**0.5
+        projection = tensors["basis"] @ tensors["weight"] * config.scale**0.5
         gate = Gate((_reads(model, config),), mean=tensors["mean"], projection=projection, radius=radius)
         parts, report = list[Counterfactual](), dict[str, dict[str, Any]]()
         with quiet(model):
@@ -232,18 +233,22 @@ def _says(h: Any, record: Sequence[int], ids: Sequence[int], target: Sequence[in
 
 
 class Pair(nn.Module):
-    """phi's mean (d,) and projection (d, width), and h."""
+    """phi(x) = weight^T basis^T (x - mean), with weight (K, width) trained in the whitened coordinates of basis (d, K); and h."""
 
     mean: Tensor
+    basis: Tensor
 
-    def __init__(self, mean: Tensor, projection: Tensor, h: nn.Module):
+    def __init__(self, mean: Tensor, basis: Tensor, config: SERACConfig, h: nn.Module):
         super().__init__()
         self.register_buffer("mean", mean)
-        self.projection, self.h = nn.Parameter(projection), h
+        self.register_buffer("basis", basis)
+        width = min(config.width, basis.shape[1])  # at first two texts are 4 apart, squared, on average
+        self.weight = nn.Parameter(torch.eye(basis.shape[1], width) * (2 / config.scale / width) ** 0.5)
+        self.h = h
 
-    def beta(self, z: Tensor, x: Tensor, scale: float) -> Tensor:
-        """log g (..., ) for raw features z and x (..., d)."""
-        return -scale * ((z - x) @ self.projection).square().sum(-1)
+    def log_beta(self, z: Tensor, x: Tensor, scale: float) -> Tensor:
+        """log g (n,) for whitened states z and x (n, K)."""
+        return -scale * ((z - x) @ self.weight).square().sum(-1)
 
 
 class SERACLearner(Learner):
@@ -266,13 +271,14 @@ class SERACLearner(Learner):
         self.wordings = [(item.prompt, *item.rephrases[: config.wordings]) for item in self.items]
         texts = [text for own, item in zip(self.wordings, self.items, strict=True) for text in (*own, *_stays(item))]
         self.index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        self.states = _features(model, tokenizer, list(self.index), config)
+        states = _features(model, tokenizer, list(self.index), config)
+        mean, basis = _whitened(states, config.width * DIRECTIONS)
+        self.states = (states - mean) @ basis
         self.fact = self._facts()
-        mean, projection = _whitened(self.states, config)
-        self.module: Pair = Pair(mean, projection, _begun(model, config).to(input_device(model)))
+        self.module: Pair = Pair(mean, basis, config, _begun(model, config).to(input_device(model)))
         self.module.requires_grad_(True)
         self.optimisers = {
-            "gate": torch.optim.Adam([self.module.projection], config.gate_lr),
+            "gate": torch.optim.Adam([self.module.weight], config.gate_lr),
             "h": torch.optim.Adam(self.module.h.parameters(), config.lr),
         }
         self.near = self._neighbours()
@@ -364,7 +370,7 @@ class SERACLearner(Learner):
     def _log_beta(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
         """(n,) log g of pairs of texts' numbers, on the CPU."""
         z, x = (self.states[list(side)] for side in zip(*pairs, strict=True))
-        return self.module.beta(z, x, self.config.scale)
+        return self.module.log_beta(z, x, self.config.scale)
 
     def _both(self, rows: Sequence[Row]) -> list[tuple[Tensor, Tensor]]:
         """For each row the logits (len(target), V or labels) of the edited model, without gradients, and of h, for its target."""
@@ -398,7 +404,7 @@ class SERACLearner(Learner):
     def _neighbours(self) -> list[list[int]]:
         """For each item the texts that are nearest to its prompt among other facts' prompts: hard negatives."""
         prompts = torch.tensor([self.index[item.prompt] for item in self.items])
-        points = (self.states - self.module.mean)[prompts] @ self.module.projection.detach()
+        points = self.states[prompts] @ self.module.weight.detach()
         facts, found = torch.tensor(self.fact), []
         for i in range(len(self.items)):
             far = (points - points[i]).square().sum(-1).masked_fill(facts == facts[i], torch.inf)
@@ -416,10 +422,10 @@ def _share(values: Sequence[bool]) -> float:
     return round(sum(values) / len(values), 4) if values else 0.0
 
 
-def _whitened(states: Tensor, config: SERACConfig) -> tuple[Tensor, Tensor]:
-    """The mean (d,), and a projection (d, width) onto the widest directions of the states, in which two texts are 2 apart."""
+def _whitened(states: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The mean (d,), and a basis (d, K) of at most so many directions of the states (n, d), the widest, with unit variance in each."""
     mean = states.mean(0)
     _, sizes, directions = torch.linalg.svd((states - mean).double(), full_matrices=False)
-    width = min(config.width, len(sizes))
-    spread = sizes[:width].clamp(min=1e-6 * float(sizes[0])) / max(1, len(states) - 1) ** 0.5
-    return mean, (directions[:width].T / spread * (2 / config.scale / width) ** 0.5).float()
+    K = min(most, len(sizes))
+    spread = sizes[:K].clamp(min=0.01 * float(sizes[0])) / max(1, len(states) - 1) ** 0.5
+    return mean, (directions[:K].T / spread).float()
