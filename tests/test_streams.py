@@ -370,3 +370,10 @@ def test_claims_in_the_runner(closing_tokenizer: Any, tmp_path: Path) -> None:
         )
     figures = get_preset("ke-logits").figures
     assert figures is not None and figures(found, out)[0][0].stat().st_size > 5000
+
+
+def test_presets_are_for_some_kinds_of_models(closing_tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ke-fever is for models of the kind classifier, found T5.*encoder-decoder"):
+        run(
+            Plan(get_preset("ke-fever"), "tiny", ()), tmp_path / "run", tiny_other("t5"), closing_tokenizer, cache=False
+        )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from errata.bench.cases import Case, Probe
 from errata.errors import ConfigError
+from errata.model.anatomy import Role, anatomy
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -59,7 +60,8 @@ class Preset:
     which a sequential method is asked. every, most: edits of a stream between two looks at it, and after which it ends.
     world: probes of the whole run (collateral, unrelated text), asked of every method of setting "all", "sequential" or
     "stream". extra: further files, made once in the run's directory (traces, sweeps). tables, figures: of the run's rows
-    and directory; a figure function writes PNG files and returns them with their captions.
+    and directory; a figure function writes PNG files and returns them with their captions. roles: kinds of models
+    (`model.anatomy`) that it is for; empty: any.
     """
 
     name: str
@@ -76,6 +78,15 @@ class Preset:
     world: Callable[[Context], Sequence[Probe]] | None = None
     extra: Callable[[Context, Path], None] | None = None
     figures: Callable[["DataFrame", Path], Sequence[tuple[Path, str]]] | None = None
+    roles: tuple[Role, ...] = ()
+
+
+def unfit(preset: Preset, model: Any) -> str | None:
+    """Why a preset is not for this model, None if it is."""
+    role = anatomy(model).role
+    if not preset.roles or role in preset.roles:
+        return None
+    return f"{preset.name} is for models of the kind {' or '.join(preset.roles)}, found {type(model).__name__} ({role})"
 
 
 def available_presets() -> list[str]:

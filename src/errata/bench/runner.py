@@ -36,7 +36,7 @@ import errata
 from errata.bench.cases import Case
 from errata.bench.engines import Engine, LocalEngine, WorkerPlan
 from errata.bench.methods import inapplicable, is_atlas, resolved
-from errata.bench.preset import Context, Method, Preset
+from errata.bench.preset import Context, Method, Preset, unfit
 from errata.bench.rows import UNEDITED, write_cases
 from errata.bench.store import PatchCache, RunDirectory, file_names, json_config
 from errata.bench.worker import MAKING, Given, Job, Outcome, Worker, editor_of
@@ -128,6 +128,8 @@ def run(
     """
     used: Engine = engine or LocalEngine()
     directory = RunDirectory(out)
+    if (why := unfit(plan.preset, model)) is not None:
+        raise ConfigError(f"{why}; choose another model, or another preset")
     plan = replace(plan, methods=tuple(_as_here(method, plan, model) for method in plan.methods))
     left_out = {m.label: why for m in plan.methods if (why := inapplicable(m, model, tokenizer)) is not None}
     if left_out and len(left_out) == len(plan.methods):

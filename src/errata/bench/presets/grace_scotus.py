@@ -108,4 +108,5 @@ PRESET = Preset(
     n=N,
     world=world,
     figures=figures,
+    roles=("classifier",),
 )
