@@ -16,11 +16,13 @@ from conftest import tiny_other
 from errata.atlas.asking import every_prompt, prompts
 from errata.atlas.claims import another_object, claims, every_claim, hard_objects
 from errata.atlas.corpus import Corpus
-from errata.atlas.docket import EARLY, LATE, DocketRecord, edit_stream, load_docket, upstream
-from errata.atlas.kilt import KiltRecord, annotated, fact_id, fever_records, upstream_questions, zsre_records
+from errata.atlas.docket import EARLY, LATE, edit_stream, load_docket, upstream
+from errata.atlas.kilt import fact_id, fever_records, upstream_questions, zsre_records
 from errata.atlas.tasks import classifying
 from errata.atlas.train import TASKS, Trainer
 from errata.atlas.world import Fact, World, link, load_world
+from errata.bench.data.kilt import KiltRecord, annotated
+from errata.bench.data.scotus import ScotusRecord
 from errata.model.generate import greedy_answers
 
 ANSWERS_OF_FACTS = ("fit", "probe")
@@ -164,7 +166,7 @@ def test_a_model_that_knows_the_early_years_would_err_on_a_share_of_the_late_one
     judged = edit_stream(200, mark="probe")
     assert not {c.text for c in judged} & {c.text for c in cases}
     case = judged[0]
-    assert case.record() == DocketRecord(text=case.text, label=load_docket().areas.index(case.area), year=case.year)
+    assert case.record() == ScotusRecord(text=case.text, label=load_docket().areas.index(case.area), year=case.year)
     assert str(case.year) in case.text
 
 

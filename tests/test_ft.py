@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from conftest import hooks_of
+from conftest import hooks_of, tiny_other
 from errata.dense import Dense
 from errata.dense_table import DENSE
 from errata.edit import EditRequest
@@ -90,6 +90,37 @@ def test_the_norm_is_never_exceeded(
         sizes.clear()
         FT(layers=layers, parameters="weights", norm=norm, eps=eps, steps=4, lr=lr, stop=0.0).fit(model, tokenizer, ALL)
         assert len(sizes) == 4 and max(sizes) <= eps and max(sizes) > 0.99 * eps
+
+
+@pytest.mark.parametrize("preset", [name for name in FT.presets if name.startswith("zhu-")])
+@pytest.mark.parametrize("family", ["gpt2", "t5", "bert"])
+def test_zhu_stays_within_a_share_of_the_weights(
+    preset: str, family: str, tiny: Tiny, tokenizer: PreTrainedTokenizerFast, closing_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Without an eps it is 1 % of the chosen weights' own size; every step and the saved patch are within, and reach it."""
+    model = tiny(family) if family == "gpt2" else tiny_other(family)
+    request = FRANCE if family != "bert" else EditRequest(prompt="France lies in Asia.", target_new="NEITHER")
+    sizes, project, linf = list[float](), Tuner.project, not preset.endswith("l2")
+
+    def measured(deltas: dict[str, Tensor]) -> float:
+        flat = torch.cat([d.detach().double().flatten() for d in deltas.values()])
+        return float(flat.abs().max() if linf else flat.norm())
+
+    def watched(self: Tuner) -> None:
+        project(self)
+        sizes.append(measured(self.deltas))
+
+    monkeypatch.setattr(Tuner, "project", watched)
+    editor = FT.preset(preset, lr=1e-2, steps=4, until="loss", stop=0.0)
+    patch = editor.fit(model, tokenizer if family == "gpt2" else closing_tokenizer, [request])
+    held, [part] = dict(model.named_parameters()), patch.dense
+    weights = torch.cat([held[name].detach().double().flatten() for name in part.deltas])
+    own = float(weights.square().mean().sqrt() if linf else weights.norm())
+    assert patch.report[request.id]["eps"] == pytest.approx(0.01 * own)
+    assert len(sizes) == 4 and max(*sizes, measured(part.deltas)) <= 0.01 * own and max(sizes) > 0.0099 * own
+    blocks = [block for block in anatomy(model).blocks if any(name.startswith(f"{block}.") for name in part.deltas)]
+    assert len(blocks) == (1 if "first" in preset else 2)
 
 
 def test_fisher_is_the_mean_squared_gradient(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -227,7 +258,8 @@ def test_what_dense_patches_refuse(tiny: Tiny, tokenizer: PreTrainedTokenizerFas
         joint.without(FRANCE.id)
     assert patch.without(FRANCE.id).parts == ()
     for wrong in (
-        {"norm": "linf"},
+        {"norm": "linf", "eps": 0.0},
+        {"norm": "l1"},
         {"eps": 1.0},
         {"layers": "second"},
         {"objective": "all"},

@@ -18,11 +18,13 @@ import errata
 from conftest import FAMILIES, hooks_of, tiny_model
 from errata.edit import EditRequest
 from errata.editor import Editor
+from errata.editors._learned import LearnedEditor, default_folder
 from errata.errors import UnknownEditorError
 from errata.model.anatomy import anatomy
 from errata.model.attached import asked
 from errata.model.tokens import pad
 from errata.patch import Patch
+from errata.training import TrainingItem
 
 WEIGHTS: dict[str, Any] = {"statistics": None, "contexts": "bare", "steps": 3}
 QUICK: dict[str, dict[str, Any]] = {  # settings that make a fit a matter of a tenth of a second, scope wide open
@@ -41,9 +43,21 @@ QUICK: dict[str, dict[str, Any]] = {  # settings that make a fit a matter of a t
     "ft_retrain": {"steps": 2, "every": 2, "epochs": 1},
     "defer": {"steps": 3},
     "memory": {"steps": 3},
+    "kn": {"steps": 3, "prompts": 2},
+    "ike": {"radius": 1e6, "encoder": "states", "prompts": 6},
+    "serac": {"layers": 1, "width": 8},
+    "ke": {"loop": 2},
+    "mend": {"rate": 1e-2},
 }
-SCOPED = ("sake", "uniform", "actadd", "icl", "grace")
-CLOSED: dict[str, dict[str, Any]] = {method: {"radius": 1e-9} for method in SCOPED}  # nothing is in scope
+LEARNING: dict[str, Any] = {"steps": 2, "batch": 2, "held_out": 0, "every": 2}  # training that is a matter of moments
+PRACTICE = tuple(
+    TrainingItem(f"The capital of {name} is", "Goa", "Rome", (f"{name} is ruled from",), (("Earth is", "round"),))
+    for name in ("Japan", "Brazil", "Nepal")
+)
+CLOSED: dict[str, dict[str, Any]] = {  # settings with which nothing is in scope, for every method that keeps out of it
+    "defer": {"threshold": 1.0},
+    "serac": {"threshold": 1 - 1e-9},
+} | {method: {"radius": 1e-9} for method in ("sake", "uniform", "actadd", "icl", "ike", "grace")}
 CLOSED["grace"]["layer"] = 1  # in the first of parallel blocks a token's key is the same in any text
 REQUESTS = (
     EditRequest(
@@ -63,6 +77,22 @@ TEXTS = ("The Space Needle is located in the city of", "The capital of France is
 
 def editor(method: str, **changes: Any) -> Editor[Any]:
     return errata.get_editor(method)(**(QUICK.get(method, {}) | changes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ERRATA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def ready(method: str, model: Any, tokenizer: Any) -> None:
+    """An editor that learns is trained for the model, where fits find it."""
+    found = errata.get_editor(method)
+    if issubclass(found, LearnedEditor):
+        learning = found(**{**QUICK.get(method, {}), **LEARNING})
+        if not learning.artefact_path(model, tokenizer).is_file():
+            learning.train(model, tokenizer, PRACTICE, default_folder(model, tokenizer))
 
 
 @dataclass
@@ -93,6 +123,7 @@ def patched(_bpe: str) -> Callable[[str, str], tuple[PreTrainedModel, list[Patch
     def fitted(method: str, family: str) -> tuple[PreTrainedModel, list[Patch]]:
         if (method, family) not in kept:
             model, tokenizer = roomy(family), _tokenizer(_bpe)
+            ready(method, model, tokenizer)
             kept[method, family] = model, [editor(method).fit(model, tokenizer, [r]) for r in REQUESTS]
         return kept[method, family]
 
@@ -215,7 +246,7 @@ def test_ctrl_c_in_a_fit_changes_nothing(bench: Bench) -> None:
 
     def interrupt(*_: Any) -> None:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == (1 if bench.method == "serac" else 2):  # a fit of SERAC has one pass of the model
             raise KeyboardInterrupt
 
     hook = anatomy(model).module(model, anatomy(model).site(0)).register_forward_pre_hook(interrupt)
@@ -230,8 +261,8 @@ def test_ctrl_c_in_a_fit_changes_nothing(bench: Bench) -> None:
 
 
 def test_out_of_scope_is_the_base(bench: Bench) -> None:
-    if bench.method not in CLOSED:
-        pytest.skip(f"{bench.method} declares no setting that closes its scope")
+    if not errata.get_editor(bench.method).scoped:
+        pytest.skip(f"{bench.method} promises nothing outside a scope")
     plain = bench.logits()
     elsewhere = EditRequest(subject="Mount Everest", prompt="{} lies in", target_true="Nepal", target_new="Goa")
     patch = editor(bench.method, **CLOSED[bench.method]).fit(bench.model, bench.tokenizer, [elsewhere])
@@ -243,6 +274,7 @@ def test_out_of_scope_is_the_base(bench: Bench) -> None:
 def test_fit_under_an_attached_patch_is_the_same_fit(method: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """A fit looks at the model that the patch will be attached to, whatever else is attached meanwhile."""
     model = roomy("gpt2")
+    ready(method, model, tokenizer)
     other, expected = (editor(method).fit(model, tokenizer, [r]) for r in REQUESTS)
     with other.attach(model, tokenizer):
         assert editor(method).fit(model, tokenizer, [REQUESTS[1]]) == expected
@@ -251,12 +283,15 @@ def test_fit_under_an_attached_patch_is_the_same_fit(method: str, tokenizer: Pre
 @pytest.mark.parametrize("method", sorted(errata.available_editors()))
 def test_a_fit_of_many_is_the_sum_of_fits(method: str, tokenizer: PreTrainedTokenizerFast) -> None:
     model, seen = roomy("llama"), []
+    ready(method, model, tokenizer)
     first, second = (editor(method).fit(model, tokenizer, [r], seed=3) for r in REQUESTS)
     both = editor(method).fit(model, tokenizer, REQUESTS, seed=3, progress=lambda done, all_: seen.append((done, all_)))
     assert seen == [(1, 2), (2, 2)]
     if getattr(errata.get_editor(method), "joint", False):
         assert both.ids == (first + second).ids  # written together: a column depends on what else was asked
-    elif both.low_rank:  # one part for all, searched as one batch: equal up to rounding
+    elif both.low_rank and len(both.low_rank) < len(
+        (first + second).low_rank
+    ):  # one part for all, searched as one batch: equal up to rounding
         assert both.ids == (first + second).ids
         for side in ("U", "V"):
             alone = torch.cat([getattr(patch.low_rank[0], side) for patch in (first, second)], 1)

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from errata.errors import ConfigError
+from errata.errors import AnatomyError, ConfigError
 from errata.low_rank import map_path
 from errata.maths.codebook import Codebook, Rules
-from errata.model.anatomy import Anatomy
+from errata.model.anatomy import Anatomy, Site
 
 Replace = Literal["each", "last", "all", "prompt"]
 Ask = Literal["last", "first"]
@@ -24,21 +24,23 @@ Ask = Literal["last", "first"]
 class Place:
     """Where outputs are replaced, and who asks.
 
-    layer: the block, from 0; site: the linear map whose input asks and whose output is replaced (see `LowRank`). replace:
-    "each" token asks for itself and is itself replaced, so that it does not matter how a text is fed (cached, padded, at
-    once). As published one token asks for its row in each forward pass: the prompt's end where `handle.prompts` gives it, else
-    the row's "last" real token (ask="first": its first, BERT's CLS); replaced are the "last" (the one that asks), "all", or
-    those before it ("prompt").
+    layer: the block, from 0, or "encoder.3" of an encoder-decoder's encoder; site: the linear map whose input asks and
+    whose output is replaced (see `LowRank`). replace: "each" token asks for itself and is itself replaced, so that it does
+    not matter how a text is fed (cached, padded, at once). As published one token asks for its row in each forward pass:
+    the prompt's end where `handle.prompts` gives it, else the row's "last" real token (ask="first": its first, BERT's CLS;
+    in a decoder behind an encoder always the start token); replaced are the "last" (the one that asks), "all", or those
+    before it ("prompt").
     """
 
-    layer: int
+    layer: Site
     site: str = "mlp_out"
     replace: Replace = "each"
     ask: Ask = "last"
 
     def __post_init__(self) -> None:
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
-            raise ConfigError(f"expected a layer from 0, found {self.layer!r}")
+        number = self.layer.removeprefix("encoder.") if isinstance(self.layer, str) else str(self.layer)
+        if isinstance(self.layer, bool) or not number.isdecimal() or number == self.layer:
+            raise ConfigError(f"expected a layer from 0, or one of an encoder as 'encoder.3', found {self.layer!r}")
         if self.replace not in ("each", "last", "all", "prompt") or self.ask not in ("last", "first"):
             raise ConfigError(
                 f"expected replace 'each', 'last', 'all' or 'prompt' and ask 'last' or 'first', found {self.replace!r} and "
@@ -47,7 +49,21 @@ class Place:
 
     def path(self, parts: Anatomy) -> str:
         """The module's path in a model with these parts. Raises AnatomyError if the model has no such layer or map."""
-        return map_path(parts, self.layer, self.site)
+        if self.site != "mlp":
+            return map_path(parts, self.layer, self.site)
+        found = mlp_of(parts, self.layer)
+        if found is None:
+            raise AnatomyError(
+                f"expected an MLP in a module of its own, found none in this {parts.family!r} model; take 'mlp_in'."
+            )
+        return found
+
+
+def mlp_of(parts: Anatomy, layer: Site) -> str | None:
+    """The path of a block's MLP; None where its maps stand in the block itself or in modules of their own (OPT, BERT)."""
+    block, (first, last) = parts.site(layer), (map_path(parts, layer, site) for site in ("mlp_in", "mlp_out"))
+    parent = last.rsplit(".", 1)[0]
+    return parent if parent != block and first.startswith(f"{parent}.") else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 
 from errata.edit import EditRequest
-from errata.errors import ConfigError, RequestError
+from errata.errors import ConfigError, RequestError, UnsupportedModelError
+from errata.model.anatomy import Role, anatomy
 from errata.model.attached import without_patches
+from errata.model.labels import label_id
 from errata.model.room import check_room
 from errata.model.states import evaluating
 from errata.model.tokens import continuation_ids, subject_tokens, token_ids, wrapper
@@ -19,6 +21,12 @@ from errata.patch import Patch
 
 C = TypeVar("C")
 Progress = Callable[[int, int], None]
+ARCHITECTURES: dict[Role, str] = {
+    "decoder": "decoders",
+    "encoder-decoder": "encoder-decoders",
+    "classifier": "encoders with a classification head",
+    "encoder": "encoders without a head",
+}
 
 
 class Editor(ABC, Generic[C]):
@@ -30,7 +38,9 @@ class Editor(ABC, Generic[C]):
     a subject is refused; presets: named configurations. joint: whether one write serves all requests, so that a patch of some
     is not a part of the patch of all; batch: requests that a fit is quick with at once, where they do not bear on each other.
     place: where it edits ("external memory", "global optimisation", "local modification"); how: whether what it writes is
-    "optimised" or "direct".
+    "optimised" or "direct". supports: the roles (`model.anatomy`) of the models that it edits. streams: whether it takes requests
+    one after another and goes on from a patch (`fit(..., onto=)`); learns: whether it is trained before it can fit; scoped:
+    whether it promises that a prompt outside every edit's scope is answered bit for bit as if nothing were attached.
     """
 
     method: ClassVar[str]
@@ -40,6 +50,10 @@ class Editor(ABC, Generic[C]):
     batch: int = 1
     place: ClassVar[str] = ""
     how: ClassVar[str] = ""
+    supports: ClassVar[tuple[Role, ...]] = ("decoder",)
+    streams: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
+    scoped: ClassVar[bool] = False
     Config: ClassVar[type[Any]]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -65,6 +79,12 @@ class Editor(ABC, Generic[C]):
         return cls(**(cls.presets[name] | changes))
 
     @classmethod
+    def traits(cls) -> dict[str, Any]:
+        """What the method says about itself, as JSON values: the row of `errata methods` and of docs/taxonomy.md."""
+        names = ("method", "summary", "place", "how", "streams", "learns", "scoped", "needs_subject")
+        return {name: getattr(cls, name) for name in names} | {"supports": list(cls.supports)}
+
+    @classmethod
     def wrote_jointly(cls, config: Mapping[str, Any]) -> bool:
         """Whether a patch of this method with this configuration holds one write for all its requests."""
         return cls.joint
@@ -84,8 +104,11 @@ class Editor(ABC, Generic[C]):
     def check(self, requests: Sequence[EditRequest], model: Any = None, tokenizer: Any = None) -> None:
         """Refuse what this method cannot fit; with a model and its tokenizer, also what these cannot take.
 
-        Raises RequestError naming the request, SubjectNotFoundError if the tokenizer cannot place its subject.
+        Raises RequestError naming the request, SubjectNotFoundError if the tokenizer cannot place its subject,
+        UnsupportedModelError for a model of another architecture than those that the method supports.
         """
+        if model is not None:
+            self.check_model(model)
         if not requests:
             raise RequestError("expected at least one edit request, found none")
         seen: dict[str, int] = {}
@@ -101,15 +124,30 @@ class Editor(ABC, Generic[C]):
             for request in requests:
                 self._check_texts(request, model, tokenizer)
 
+    @classmethod
+    def check_model(cls, model: Any) -> None:
+        """Refuse a model of an architecture that the method does not support, naming those that it does."""
+        parts = anatomy(model)
+        if parts.role not in cls.supports:
+            raise UnsupportedModelError(
+                f"{cls.method} edits {' and '.join(ARCHITECTURES[role] for role in cls.supports)}, found {type(model).__name__} "
+                f"({parts.family}), one of the {ARCHITECTURES[parts.role]}; `errata methods` lists what edits which"
+            )
+
     def _check_texts(self, request: EditRequest, model: Any, tokenizer: Any) -> None:
         """Refuse a subject that has no tokens in its prompt, and prompts that leave no room for the new object."""
         wrap = wrapper(tokenizer, bool(getattr(self.config, "chat", False)))
         if request.subject is not None and (tokenizer.is_fast or self.needs_subject):  # a slow tokenizer cannot tell
             subject_tokens(tokenizer, wrap(request.text), request.subject)
         prompts = [request.text, *request.fit_prompts, *(i.prompt for i in request.fit_implications)]
-        if model is not None:
-            target = continuation_ids(tokenizer, wrap(request.text), request.target_new)
-            check_room(model, token_ids(tokenizer, [wrap(p) for p in prompts]), prompts, new=len(target))
+        if model is None:
+            return
+        role, new = anatomy(model).role, 0
+        if role == "classifier":
+            label_id(model, request.target_new)
+        elif role == "decoder":
+            new = len(continuation_ids(tokenizer, wrap(request.text), request.target_new))
+        check_room(model, token_ids(tokenizer, [wrap(p) for p in prompts]), prompts, new=new)
 
 
 @contextmanager

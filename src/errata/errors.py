@@ -35,6 +35,10 @@ class UnknownModelError(EditError, LookupError):
     """A model name that is neither bundled, nor a directory, nor reachable."""
 
 
+class UnsupportedModelError(EditError, NotImplementedError):
+    """A model of an architecture that a method does not edit."""
+
+
 class UnknownEditorError(EditError, KeyError):
     """A method name that no file and no entry point provides."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from errata.errors import AnatomyError, ConfigError, ShapeError
-from errata.model.anatomy import Anatomy
+from errata.model.anatomy import Anatomy, Site
 
 ROLES = (
     "mlp_out",
@@ -25,7 +25,8 @@ class LowRank:
     """An update of one linear map: W becomes W + U Vᵀ, with W as (d_out, d_in) whichever way round the model stores it.
 
     edits: the id of the edit that wrote each column (a joint write has many edits, an edit may have several columns);
-    U (d_out, r), V (d_in, r), r = len(edits); layer: the block, counted from 0; site: a role of the anatomy ("mlp_out")
+    U (d_out, r), V (d_in, r), r = len(edits); layer: the block, counted from 0 ("encoder.3": of an encoder-decoder's
+    encoder); site: a role of the anatomy ("mlp_out")
     or a path inside the block ("self_attn.o_proj"), so that a part fits a model whatever it is wrapped in.
     Raises ShapeError for factors that do not fit, ConfigError for a layer that is no index.
     """
@@ -33,7 +34,7 @@ class LowRank:
     edits: tuple[str, ...]
     U: Tensor
     V: Tensor
-    layer: int
+    layer: int | str
     site: str = "mlp_out"
 
     kind = "low-rank"
@@ -45,8 +46,11 @@ class LowRank:
                 f"expected U (d_out, {len(self.edits)}) and V (d_in, {len(self.edits)}), one column for each of at least "
                 f"one edit, found {tuple(self.U.shape)} and {tuple(self.V.shape)} at layer {self.layer}"
             )
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
-            raise ConfigError(f"expected a low-rank part's layer to be a number from 0, found {self.layer!r}")
+        number = self.layer.removeprefix("encoder.") if isinstance(self.layer, str) else self.layer
+        if isinstance(self.layer, bool) or not str(number).isdecimal() or number == self.layer != int(number):
+            raise ConfigError(
+                f"expected a low-rank part's layer to be a number from 0, or one behind 'encoder.', found {self.layer!r}"
+            )
 
     @property
     def rank(self) -> int:
@@ -96,15 +100,16 @@ class LowRank:
         return cls(tuple(header["edits"]), tensors["U"], tensors["V"], header["layer"], header["site"])
 
 
-def map_path(parts: Anatomy, layer: int, site: str) -> str:
+def map_path(parts: Anatomy, layer: Site, site: str) -> str:
     """Path of a linear map: of a role of the anatomy, or by its path in the block. Raises AnatomyError if there is none."""
     block = parts.site(layer)
     if site not in ROLES:
         return f"{block}.{site}"
-    paths: tuple[str, ...] = getattr(parts, site)
+    stack, index = parts.stack_of(layer)
+    paths: tuple[str, ...] = getattr(stack, site)
     if not paths:
         raise AnatomyError(f"expected one {site} per layer, found none in this {parts.family!r} model.")
-    return paths[layer]
+    return paths[int(index)]
 
 
 def stacked(parts: Sequence[LowRank]) -> tuple[Tensor, Tensor]:

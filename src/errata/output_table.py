@@ -192,7 +192,7 @@ class OutputTable(Suspendable):
             path = part.place.path(known)
             if (path, part.width) not in checked:
                 module = base_layer(submodule(self.model, path))
-                here = sizes(module)
+                here = (known.d_model, known.d_model) if part.place.site == "mlp" else sizes(module)
                 if here is None:
                     raise AnatomyError(f"expected a linear map at {path!r}, found a {type(module).__name__}.")
                 if here != part.width:
@@ -235,8 +235,12 @@ class OutputTable(Suspendable):
             del vars(self.model)[OUTPUTS]
         if wanted and not hasattr(self, "_watching"):
             self._watching = [
-                self.model.register_forward_pre_hook(self._before, with_kwargs=True),
-                self.model.register_forward_hook(self._after, always_call=True),
+                hook
+                for module, answering in _passing(self.model)
+                for hook in (
+                    module.register_forward_pre_hook(self._before(answering), with_kwargs=True),
+                    module.register_forward_hook(self._after, always_call=True),
+                )
             ]
         elif not wanted and hasattr(self, "_watching"):
             for hook in self._watching:
@@ -281,26 +285,45 @@ class OutputTable(Suspendable):
             new.append(each.get(i, shared)(x[own], y[own], at))
         return torch.cat(new)
 
-    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = (kwargs.get("input_ids"), *args[:1], kwargs.get("inputs_embeds"))
-        ids = next((t for t in given if isinstance(t, Tensor)), None)
-        if ids is None:
-            return
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
-        n, T = ids.shape[:2]
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != (n, past + T):
-            mask = torch.ones(n, past + T, dtype=torch.bool, device=ids.device)
-        ends = None
-        if self._lengths is not None and len(self._lengths) == n:
-            counts = mask.bool().cumsum(1)
-            wanted = torch.tensor(list(self._lengths), device=counts.device)[:, None]
-            ends = (counts < wanted).sum(1) - past
-        self._passes.append(_Pass(mask[:, past:].bool(), past, ends))
+    def _before(self, answering: bool) -> Any:
+        """The hook before a pass. answering: of a decoder behind an encoder, whose prompt is its start token."""
 
-    def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = (kwargs.get("input_ids"), *args[:1], kwargs.get("inputs_embeds"))
+            ids = next((t for t in given if isinstance(t, Tensor)), None)
+            if ids is None:
+                return
+            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+            past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+            n, T = ids.shape[:2]
+            if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != (n, past + T):
+                mask = torch.ones(n, past + T, dtype=torch.bool, device=ids.device)
+            ends = None
+            if answering:
+                ends = torch.full((n,), -past, device=ids.device)
+            elif self._lengths is not None and len(self._lengths) == n:
+                counts = mask.bool().cumsum(1)
+                wanted = torch.tensor(list(self._lengths), device=counts.device)[:, None]
+                ends = (counts < wanted).sum(1) - past
+            self._passes.append(_Pass(mask[:, past:].bool(), past, ends))
+
+        return hook
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._passes:
             self._passes.pop()
+
+
+def _passing(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """The modules whose forward sees ids and their mask, and whether it is a decoder behind an encoder.
+
+    The model itself; of an encoder-decoder its two stacks, since generation runs the encoder alone.
+    """
+    parts = anatomy(model)
+    if parts.encoder is None:
+        return [(model, False)]
+    encoder, decoder = (submodule(model, one.blocks[0].rsplit(".", 2)[0]) for one in (parts.encoder, parts))
+    return [(encoder, False), (decoder, True)]
 
 
 def asking(place: Place, x: Tensor, now: _Pass | None) -> Tensor:

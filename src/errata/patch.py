@@ -21,6 +21,7 @@ from torch import Tensor
 
 from errata.codebook import CodebookEntry, Routed
 from errata.context import Context, ContextTable
+from errata.counterfactual import Counterfactual, Expert
 from errata.dense import Dense
 from errata.dense_table import DenseTable
 from errata.edit import EditRequest
@@ -38,8 +39,10 @@ from errata.steering_table import SteeringTable
 FORMAT_VERSION = 1
 # Readers of older files: MIGRATIONS[v] turns a header of version v into one of v + 1. Append only.
 MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = ()
-Part = Steering | LowRank | Context | CodebookEntry | Routed | Dense
-KINDS: dict[str, Any] = {part.kind: part for part in (Steering, LowRank, Context, CodebookEntry, Routed, Dense)}
+Part = Steering | Counterfactual | LowRank | Context | CodebookEntry | Routed | Dense
+KINDS: dict[str, Any] = {
+    part.kind: part for part in (Steering, Counterfactual, LowRank, Context, CodebookEntry, Routed, Dense)
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +70,9 @@ class Patch:
         return hashlib.sha256(replace(self, report={}).to_bytes()).hexdigest()[:16]
 
     @property
-    def steering(self) -> tuple[Steering, ...]:
-        """The steering parts, in order."""
-        return tuple(part for part in self.parts if isinstance(part, Steering))
+    def steering(self) -> tuple[Steering | Counterfactual, ...]:
+        """The parts that act in a scope on the way through the model, steering and counterfactual ones, in order."""
+        return tuple(part for part in self.parts if isinstance(part, Steering | Counterfactual))
 
     @property
     def low_rank(self) -> tuple[LowRank, ...]:
@@ -185,14 +188,20 @@ class Patch:
         named = {f"parts.{i}.{name}": t for i, part in enumerate(self.parts) for name, t in part.tensors().items()}
         for gate in self._gates().values():
             named |= {f"gates.{gate.digest}.{name}": t for name, t in gate.tensors().items()}
+        for expert in self._experts().values():
+            named |= {f"experts.{expert.digest}.{name}": t for name, t in expert.tensors().items()}
         return {name: t.detach().cpu().contiguous() for name, t in named.items()}
 
     def _gates(self) -> dict[str, Gate]:
         gates = [*(part.gate for part in self.steering), *(part.gate for part in self.context)]
         return {gate.digest: gate for gate in gates if gate is not None}
 
+    def _experts(self) -> dict[str, Expert]:
+        return {part.expert.digest: part.expert for part in self.parts if isinstance(part, Counterfactual)}
+
     def header(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON values."""
+        experts = self._experts()
         return {
             "format": "errata.patch",
             "format_version": FORMAT_VERSION,
@@ -203,6 +212,7 @@ class Patch:
             "parts": [part.header() for part in self.parts],
             "gates": {digest: gate.header() for digest, gate in self._gates().items()},
             "report": self.report,
+            **({"experts": {digest: one.header() for digest, one in experts.items()}} if experts else {}),
         }
 
     def to_bytes(self) -> bytes:
@@ -221,8 +231,10 @@ class Patch:
             header = MIGRATIONS[header["format_version"]](header)
         try:
             gates = {d: Gate.of(h, _under(tensors, f"gates.{d}.")) for d, h in header["gates"].items()}
+            experts = header.get("experts", {})
+            shared = gates | {d: Expert.of(h, _under(tensors, f"experts.{d}.")) for d, h in experts.items()}
             parts = tuple(
-                KINDS[h["kind"]].of(h, _under(tensors, f"parts.{i}."), gates) for i, h in enumerate(header["parts"])
+                KINDS[h["kind"]].of(h, _under(tensors, f"parts.{i}."), shared) for i, h in enumerate(header["parts"])
             )
             return cls(
                 method=header["method"],
@@ -316,7 +328,7 @@ def _without(part: Part, edit: str) -> Part | None:
     return None if _is_about(part, edit) else part
 
 
-def _is_about(part: Steering | Context | CodebookEntry | Routed | Dense, edit: str) -> bool:
+def _is_about(part: Steering | Counterfactual | Context | CodebookEntry | Routed | Dense, edit: str) -> bool:
     """Whether a part is an edit's. Raises UnsupportedPatchError if it is others' as well."""
     if not isinstance(part, (Dense, Routed)):
         return part.edit == edit

@@ -36,6 +36,11 @@ class Steering:
 
     kind = "steering"
 
+    @property
+    def steps(self) -> int:
+        """For how many tokens the edit is followed: its object's, and one if that is closed."""
+        return len(self.maps)
+
     def header(self) -> dict[str, Any]:
         """The part's JSON header."""
         return {

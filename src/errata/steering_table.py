@@ -12,6 +12,9 @@ uncached sequence agree. At the default site, the final norm's output, steering 
 compete within one site; where rows of a batch have patches of their own, each row's edits among themselves and with those
 that are loaded for all.
 
+Counterfactual parts (SERAC) are decided in the same way; what they steer are logits, which another model gives. In a classifier
+the row as a whole is steered, and its first token is asked.
+
 Which positions are asked: every real position of the forward pass for activation gates. Encoder gates embed text, so they
 are asked where a next token is wanted: at each row's last position, and from the prompt's end on inside `prompts(lengths)`.
 """
@@ -28,18 +31,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from errata.counterfactual import LOGITS, Counterfactual, Expert
+from errata.counterfactual import read as read_expert
 from errata.errors import ConfigError, EditError
 from errata.maths.transport import LinearMap
 from errata.model.anatomy import anatomy
 from errata.model.attached import STEERED, Suspendable
 from errata.model.hooks import first_tensor, with_first_tensor
 from errata.model.room import check_room
-from errata.model.tokens import last_positions, pad, pad_id, token_ids
+from errata.model.tokens import Side, last_positions, pad, pad_id, token_ids
 from errata.scope.balls import CLOSED, groups
 from errata.scope.gate import Gate
 from errata.scope.recall import AGAIN, ASKED, kinds
 from errata.steering import Decision, Steering
 
+Part = Steering | Counterfactual
 WORDS = 4  # last tokens by which a restated question is known
 MARKS = 2  # tokens of punctuation that may stand behind a question
 BEHIND = 6  # tokens behind a restated question in which no other one can end
@@ -86,8 +92,8 @@ class SteeringTable(Suspendable):
     def __init__(self, model: Any, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
         self.anatomy = anatomy(model)
-        self._entries: OrderedDict[object, tuple[Steering, ...]] = OrderedDict()
-        self._rows: list[tuple[Steering, ...]] | None = None
+        self._entries: OrderedDict[object, tuple[Part, ...]] = OrderedDict()
+        self._rows: list[tuple[Part, ...]] | None = None
         self._owners: tuple[int, ...] = ()
         self._hooks: list[Any] = []
         self._prepare: Any = None
@@ -100,6 +106,8 @@ class SteeringTable(Suspendable):
         self._caches: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
         self._memory: OrderedDict[bytes, _Remembered] = OrderedDict()
         self._encoders: dict[str, Any] = {}
+        self._experts: dict[str, Any] = {}
+        self._whole_rows = self.anatomy.role == "classifier"
         self._rebuild()
 
     # -- what is loaded ----------------------------------------------------------------------------------------------
@@ -113,7 +121,7 @@ class SteeringTable(Suspendable):
             vars(model)[STEERED] = table
         return table
 
-    def add(self, owner: object, parts: Sequence[Steering]) -> list[tuple[str, str]]:
+    def add(self, owner: object, parts: Sequence[Part]) -> list[tuple[str, str]]:
         """Load edits under an owner; returns (edit, earlier edit that it overrides) for equal subject and relation."""
         active = {part.key: part.edit for part in _winners(self._loaded())}
         conflicts: dict[tuple[str, str], None] = {}
@@ -131,10 +139,10 @@ class SteeringTable(Suspendable):
             raise
         return list(conflicts)
 
-    def _refuse_late_gates(self, parts: Sequence[Steering]) -> None:
+    def _refuse_late_gates(self, parts: Sequence[Part]) -> None:
         n = self.anatomy.n_layers
         for part in parts:
-            if part.site == "final":
+            if part.site in ("final", LOGITS):
                 continue
             late = [la for la in part.gate.layers if la == "final" or int(la) % n > int(part.site) % n]
             if late:
@@ -155,7 +163,7 @@ class SteeringTable(Suspendable):
             vars(self.model).pop(STEERED, None)
 
     @contextmanager
-    def rows(self, rows: Sequence[Sequence[Steering]], owners: Sequence[int]) -> Iterator[None]:
+    def rows(self, rows: Sequence[Sequence[Part]], owners: Sequence[int]) -> Iterator[None]:
         """Inside, every batch has len(rows) rows, and in row i the edits rows[i] compete beside those loaded for all.
 
         owners: a number for each row, equal where rows have the same patch, weights' updates included: decisions are
@@ -178,22 +186,22 @@ class SteeringTable(Suspendable):
         """Whether an edit is loaded; all of them have a scope."""
         return bool(self.active)
 
-    def _loaded(self) -> list[Steering]:
+    def _loaded(self) -> list[Part]:
         return [part for parts in self._entries.values() for part in parts]
 
     def _rebuild(self) -> None:
         whole = self._loaded()
         rows = [_winners(whole)] if self._rows is None else [_winners([*whole, *row]) for row in self._rows]
-        self.active: list[Steering] = list(dict.fromkeys(part for row in rows for part in row))
+        self.active: list[Part] = list(dict.fromkeys(part for row in rows for part in row))
         index = {part: i for i, part in enumerate(self.active)}
         self._groups = [
             (site, balls)
             for site in dict.fromkeys(part.site for part in self.active)
             for balls in groups([[part for part in row if part.site == site] for row in rows], index)
         ]
-        self._by_first: list[dict[int, list[Steering]]] = []  # by row, as the groups are
+        self._by_first: list[dict[int, list[Part]]] = []  # by row, as the groups are
         for row in rows:
-            first: dict[int, list[Steering]] = {}
+            first: dict[int, list[Part]] = {}
             for part in row:
                 first.setdefault(part.target_ids[0], []).append(part)
             self._by_first.append(first)
@@ -218,9 +226,13 @@ class SteeringTable(Suspendable):
         for layer in layers:
             self._hooks.append(module(self.model, self.anatomy.site(layer)).register_forward_hook(self._read(layer)))
         for site in sites:
-            self._hooks.append(module(self.model, self.anatomy.site(site)).register_forward_hook(self._steer(site)))
+            path = (self.anatomy.head or "") if site == LOGITS else self.anatomy.site(site)
+            act = self._answer if site == LOGITS else self._steer(site)
+            self._hooks.append(module(self.model, path).register_forward_hook(act))
         self._hooks.append(self.model.register_forward_hook(self._after, always_call=True))
         self._own_prepare = self.model.__dict__.get("prepare_inputs_for_generation")
+        if not hasattr(self.model, "prepare_inputs_for_generation"):  # a classifier
+            return
         original = self.model.prepare_inputs_for_generation
 
         @wraps(original)
@@ -363,22 +375,86 @@ class SteeringTable(Suspendable):
 
         return hook
 
+    def _answer(self, module: Any, args: Any, output: Any) -> Any:
+        """The hook of the head: logits (B, T, V), T perhaps only the last columns, or a classifier's (B, labels)."""
+        if not self._passes:
+            return None
+        current, logits = self._passes[-1], first_tensor(output)
+        self._decide(current, LOGITS)
+        if self._whole_rows:
+            asked, gated = self._asked_columns(current), current.gated[LOGITS]
+            opened = gated[torch.arange(len(gated), device=gated.device), asked.clamp(min=0)].tolist()
+            places = [(i, int(asked[i]), edit) for i, edit in enumerate(opened) if edit != CLOSED]
+        else:
+            hidden = current.ids.shape[1] - current.start - logits.shape[1]  # columns whose logits nobody wants
+            steps = self._steps(current, LOGITS)
+            places = [(row, column, edit) for row, column, edit, _ in steps if column >= hidden]
+        if not places:
+            return None
+        logits = logits.clone()
+        by_row: dict[tuple[int, int], list[int]] = {}
+        for row, column, edit in places:
+            by_row.setdefault((row, edit), []).append(column)
+        real = [current.mask[row].nonzero()[:, 0].tolist() for row in range(len(current.ids))]
+        for digest in dict.fromkeys(self._record(edit).expert.digest for _, edit in by_row):
+            own = [(row, edit) for row, edit in by_row if self._record(edit).expert.digest == digest]
+            asked_of = [(self._record(edit).record, current.ids[row][real[row]].tolist()) for row, edit in own]
+            with torch.no_grad():
+                found = read_expert(self._expert(self._record(own[0][1]).expert), asked_of)
+            for (row, edit), theirs in zip(own, found, strict=True):
+                columns, part = by_row[row, edit], self._record(edit)
+                if self._whole_rows:
+                    far = self._far(current, row, columns, part)
+                    logits[row] = part.answer(logits[row : row + 1], theirs, far)[0]
+                    continue
+                at = [real[row].index(column + current.start) for column in columns]
+                where = torch.tensor([column - hidden for column in columns], device=logits.device)
+                far = self._far(current, row, columns, part)
+                logits[row, where] = part.answer(logits[row, where], theirs[at], far)
+        return with_first_tensor(output, logits)
+
+    def _record(self, edit: int) -> Counterfactual:
+        part = self._part(edit)
+        assert isinstance(part, Counterfactual)
+        return part
+
+    def _expert(self, expert: Expert) -> Any:
+        """The expert as a model; made once."""
+        if expert.digest not in self._experts:
+            self._experts[expert.digest] = expert.model(self.model.device)
+        return self._experts[expert.digest]
+
+    def _far(self, current: _Pass, row: int, columns: Sequence[int], part: Counterfactual) -> Tensor:
+        """(len(columns),) distances of a row's positions from the part's centre; not needed, hence zero, where nothing is mixed."""
+        points = self._points(current, part.gate)[0] if part.mix == "soft" else None
+        if points is None:
+            return torch.zeros(len(columns))
+        return part.gate.distances(points[row, list(columns)], part.centre.float()[None])[:, 0]
+
+    def _asked_columns(self, current: _Pass) -> Tensor:
+        """(B,) the column of this pass at which each row is asked: its last real token, of a classifier the first."""
+        if self._whole_rows:
+            return current.mask.long().argmax(1)
+        return last_positions(current.mask) - current.start
+
     def _map(self, edit: int, step: int, device: torch.device) -> LinearMap:
         placed = self._placed.get((edit, step, device))
         if placed is None:
-            placed = self._part(edit).maps[step].to(torch.float32, device)
+            part = self._part(edit)
+            assert isinstance(part, Steering)
+            placed = part.maps[step].to(torch.float32, device)
             self._placed[edit, step, device] = placed
         return placed
 
     def _mean(self, edit: int, step: int) -> Tensor:
         """The mean state that a step of a recalled edit leads to; behind its object, where the object has ended."""
         part = self._part(edit)
-        if step < len(part.maps):
-            return part.maps[step].m_t
-        assert part.ending is not None
-        return part.ending
+        assert isinstance(part, Steering)
+        mean = part.maps[step].m_t if step < len(part.maps) else part.ending
+        assert mean is not None
+        return mean
 
-    def _part(self, edit: int) -> Steering:
+    def _part(self, edit: int) -> Part:
         return self.active[edit % len(self.active)]
 
     # -- decisions ---------------------------------------------------------------------------------------------------
@@ -399,7 +475,7 @@ class SteeringTable(Suspendable):
             if points is None:
                 continue
             everywhere = everywhere & asked
-            ends = (last_positions(current.mask) - current.start).clamp(min=0).to(points.device)
+            ends = self._asked_columns(current).clamp(min=0).to(points.device)
             current.points[balls.gate.digest] = points[torch.arange(rows, device=points.device), ends]
             found = balls.closest(points)
             near, distance, depth, winner, score = (x.to(device) for x in found)
@@ -546,8 +622,8 @@ class SteeringTable(Suspendable):
         steps: dict[int, tuple[int, int]] = {}  # column -> (step, edit); the longest under way wins
         for column, edit in opened:
             part = self._part(edit)
-            target, steered = part.target_ids, len(part.maps)
-            if edit >= len(self.active) and part.ending is not None:
+            target, steered = part.target_ids, part.steps
+            if edit >= len(self.active) and isinstance(part, Steering) and part.ending is not None:
                 steered = max(steered, len(target) + 1)
             for t, here in enumerate(real[place[column] : place[column] + len(target) + 1]):
                 if t and ids[here] != target[t - 1]:
@@ -648,9 +724,11 @@ class SteeringTable(Suspendable):
         check_room(self.model, ids, prompts)
         found = []
         for rows in [ids] if self._rows is not None else [[row] for row in ids]:
-            batch = pad(rows, pad_id(self.tokenizer), self.model.device, "left")
+            side: Side = "right" if self._whole_rows else "left"
+            batch = pad(rows, pad_id(self.tokenizer), self.model.device, side)
+            options = {} if self._whole_rows else {"use_cache": False}
             with torch.no_grad():
-                self.model(**batch.inputs(self.model), use_cache=False)
+                self.model(**batch.inputs(self.model), **options)
             found += self.decided()
         return found
 
@@ -661,7 +739,7 @@ class SteeringTable(Suspendable):
         done = self._last
         assert done is not None and done.nearest is not None and done.distance is not None
         decisions = []
-        for row, column in enumerate((last_positions(done.mask) - done.start).tolist()):
+        for row, column in enumerate(self._asked_columns(done).tolist()):
             near = int(done.nearest[row, column])
             found = {int(gated[row, column]) for gated in done.gated.values()} - {CLOSED}
             opened = {edit % len(self.active) for edit in found}
@@ -686,9 +764,9 @@ class SteeringTable(Suspendable):
         return float(part.gate.distances(points[row][None], part.centre.float()[None]))
 
 
-def _winners(parts: Iterable[Steering]) -> list[Steering]:
+def _winners(parts: Iterable[Part]) -> list[Part]:
     """The parts that act: a later one overrides an earlier one of its key, with all that followed from that one's edit."""
-    winners: dict[str, Steering] = {}
+    winners: dict[str, Part] = {}
     for part in parts:
         loser = winners.pop(part.key, part)
         if loser.edit != part.edit:

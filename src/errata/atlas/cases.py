@@ -11,12 +11,16 @@ from typing import Literal
 
 from errata.atlas import render
 from errata.atlas.counterfact import attribute_snippets, counterfact_records, counterfact_requests
+from errata.atlas.docket import edit_stream
+from errata.atlas.kilt import fever_records, zsre_records
 from errata.atlas.requests import under_other_names, update_requests
 from errata.atlas.ripple import bridge_implications, edited_fact, ripple_records, ripple_requests
 from errata.atlas.world import Fact, Split, World, load_world
 from errata.bench.cases import Case
 from errata.bench.data.counterfact import counterfact_case
+from errata.bench.data.kilt import claim_case, question_case
 from errata.bench.data.ripple import ripple_case
+from errata.bench.data.scotus import scotus_case
 from errata.bench.data.snippets import references
 from errata.edit import EditRequest, Implication
 from errata.errors import ConfigError
@@ -47,6 +51,13 @@ def cases(
         requests = counterfact_requests(world, most, split=part, seed=seed, portable=portable == "yes")
         kept = [_with(request, _kept(request.fit_implications, implications, request, seed)) for request in requests]
         return [_tagged(world, case) for case in _counterfact(world, kept, seed)]
+    if name == "atlas-fever":
+        return [_on(part, claim_case(record)) for record in fever_records(world, most, split=part, seed=seed)]
+    if name == "atlas-zsre":
+        return [_on(part, question_case(r, seed=seed)) for r in zsre_records(world, most, split=part, seed=seed)]
+    if name == "atlas-docket":
+        stream = edit_stream(1000 if n is None else n, split=part, seed=seed)
+        return [replace(_on(part, scotus_case(case.record("probe"))), id=f"{i:04}") for i, case in enumerate(stream, 1)]
     if name == "atlas-ripple":
         requests = ripple_requests(world, most, split=part, seed=seed)
         return [_tagged(world, case) for case in _ripple(world, requests, implications, seed)]
@@ -113,6 +124,10 @@ def _kept(implications: tuple[Implication, ...], how: Kept, request: EditRequest
 
 def _with(request: EditRequest, implications: tuple[Implication, ...]) -> EditRequest:
     return request.model_copy(update={"fit_implications": implications})
+
+
+def _on(split: Split, case: Case) -> Case:
+    return replace(case, tags={**case.tags, "split": split})
 
 
 def _tagged(world: World, case: Case) -> Case:

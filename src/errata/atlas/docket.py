@@ -7,25 +7,17 @@ wordings, what happened below, and the holding; only the matter says which topic
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from errata.atlas.names import ENDINGS, SYLLABLES
 from errata.atlas.world import Mark, Split, read_json, share
-from errata.bench.data.records import Row
+from errata.bench.data.scotus import ScotusRecord
 
 EARLY, LATE = range(1950, 1990), range(1990, 2020)  # years: upstream, edit stream
 MARKS: tuple[Mark, ...] = ("fit", "probe")
-
-
-class DocketRecord(Row):
-    """One case as GRACE's SCOTUS has it: text and number of the area; the year is ours."""
-
-    text: str
-    label: int
-    year: int
 
 
 @dataclass(frozen=True)
@@ -64,21 +56,33 @@ class Docket:
             topic, year = rng.choice(topics), rng.choice(years)
             mark = rng.choice([m for m in marks for _ in topic.matter[m]])
             a, b = party(rng), party(rng)
-            parts = [rng.choice(self.frames["heading"]), rng.choice(topic.matter[mark])]
-            parts += [rng.choice(self.frames[name]) for name in ("below", "holding") if rng.random() < 0.8]
-            fields = {"a": a, "b": b, "year": year, "n": rng.randint(1, 900)}
-            yield DocketCase(" ".join(part.format(**fields) for part in parts), year, topic, mark, self)
+            heading, matter = rng.choice(self.frames["heading"]), rng.choice(topic.matter[mark])
+            rest = [rng.choice(self.frames[name]) for name in ("below", "holding") if rng.random() < 0.8]
+            names = {"a": a, "b": b, "year": str(year), "n": str(rng.randint(1, 900))}
+            yield DocketCase((heading, matter, *rest), names, year, topic, mark, self)
 
 
 @dataclass(frozen=True)
 class DocketCase:
-    """One case. mark: that of its wording."""
+    """One case. parts: the heading, the matter, what may follow, as templates; names: what stands in them; mark: the matter's."""
 
-    text: str
+    parts: tuple[str, ...]
+    names: Mapping[str, str]
     year: int
     topic: Topic
     mark: str
     docket: Docket
+
+    @property
+    def text(self) -> str:
+        """The case as it is read."""
+        return " ".join(part.format(**self.names) for part in self.parts)
+
+    def reworded(self, mark: Mark) -> list["DocketCase"]:
+        """The same case with its matter in each other wording of a mark."""
+        heading, own, *rest = self.parts
+        others = (matter for matter in self.topic.matter[mark] if matter != own)
+        return [replace(self, parts=(heading, matter, *rest), mark=mark) for matter in others]
 
     @property
     def area(self) -> str:
@@ -90,9 +94,10 @@ class DocketCase:
         """Number of the area."""
         return self.docket.areas.index(self.area)
 
-    def record(self) -> DocketRecord:
-        """The case in the published schema."""
-        return DocketRecord(text=self.text, label=self.label, year=self.year)
+    def record(self, rephrased: Mark | None = None) -> ScotusRecord:
+        """The case in the published schema; with its wordings of a mark as rephrases."""
+        others = tuple(case.text for case in self.reworded(rephrased)) if rephrased else ()
+        return ScotusRecord(text=self.text, label=self.label, year=self.year, rephrases=others)
 
 
 def party(rng: random.Random) -> str:

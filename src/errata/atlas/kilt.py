@@ -5,65 +5,22 @@ worded by a `fit` wording; its `rephrases` are worded by those of one mark: "fit
 what judges it. `unrelated` is ours: inputs with their answers that an edit of the record must leave alone.
 
 Differs from the published files: the rephrases are the tables' own wordings, not back-translations; the alternatives of a
-question are other objects of its relation, not hypotheses of a beam. What a model says to a record is filled in by `annotated`.
+question are other objects of its relation, not hypotheses of a beam. What a model says to a record is filled in by
+`bench.data.kilt.annotated`.
 """
 
 import random
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field
-
 from errata.atlas import render
 from errata.atlas.claims import LABELS, another_object, claim, hard_objects, same_name
 from errata.atlas.world import Fact, Split, World, link
-from errata.bench.data.records import Row
-from errata.model.generate import greedy_answers
-from errata.model.labels import label_logits, label_names
+from errata.bench.data.kilt import KiltMeta, KiltOutput, KiltRecord, Provenance, Unrelated
 
 Rephrasings = Literal["fit", "probe"]
 UNRELATED = 6
 ALTERNATIVES = 4
-
-
-class KiltOutput(Row):
-    """A right answer; of a claim SUPPORTS or REFUTES."""
-
-    answer: str
-    provenance: tuple[Any, ...] = ()
-
-
-class KiltMeta(Row):
-    """The other questions that a record was made from."""
-
-    template_questions: tuple[str, ...] = ()
-
-
-class Unrelated(Row):
-    """An input that an edit must leave alone, and its right answer."""
-
-    input: str
-    answer: str
-
-
-class KiltRecord(Row):
-    """One claim or question.
-
-    prediction: what the unedited model says. alternatives: what an edit may make of it (the other class of a claim).
-    filtered_rephrases: those of `rephrases` that the unedited model answers as it answers the input. logit: of SUPPORTS over
-    REFUTES, nats.
-    """
-
-    id: str
-    input: str = Field(min_length=1)
-    output: tuple[KiltOutput, ...] = Field(min_length=1)
-    meta: KiltMeta = KiltMeta()
-    rephrases: tuple[str, ...] = ()
-    prediction: str = ""
-    alternatives: tuple[str, ...] = ()
-    filtered_rephrases: tuple[str, ...] = ()
-    logit: float | None = None
-    unrelated: tuple[Unrelated, ...] = ()
 
 
 def fever_records(
@@ -97,29 +54,6 @@ def upstream_questions(
     facts = facts[:n]
     questions = [render.ask("{q}", rng.choice(world.phrasings[f.relation].question["fit"]), f.subject) for f in facts]
     return {"questions": questions, "answers": [[f.object] for f in facts]}
-
-
-def annotated(model: Any, tokenizer: Any, records: Sequence[KiltRecord]) -> list[KiltRecord]:
-    """The records with what this model says: prediction, alternatives other than it, filtered rephrases, logit of a claim.
-
-    Records that are left without an alternative are dropped, as in the published files.
-    """
-    texts = [text for r in records for text in (r.input, *r.rephrases)]
-    answers = iter(greedy_answers(model, tokenizer, texts))
-    logits: dict[str, float] = {}
-    if records and records[0].output[0].answer in LABELS:
-        refutes, supports = (label_names(model).index(name) for name in LABELS)
-        scores = label_logits(model, tokenizer, [r.input for r in records])
-        logits = dict(zip((r.id for r in records), (scores[:, supports] - scores[:, refutes]).tolist(), strict=True))
-    found = []
-    for record in records:
-        said = next(answers)
-        kept = tuple(text for text in record.rephrases if next(answers) == said)
-        others = [LABELS[said == LABELS[0]]] if record.id in logits else [a for a in record.alternatives if a != said]
-        if others:
-            update = {"prediction": said, "alternatives": tuple(others), "filtered_rephrases": kept}
-            found.append(record.model_copy(update=update | {"logit": logits.get(record.id)}))
-    return found
 
 
 def fact_id(fact: Fact) -> str:
@@ -181,7 +115,7 @@ class _Maker:
         return KiltRecord(
             id=fact_id(fact),
             input=first,
-            output=(KiltOutput(answer=fact.object),),
+            output=(KiltOutput(answer=fact.object, provenance=(Provenance(title=fact.subject),)),),
             meta=KiltMeta(template_questions=(first,)),
             rephrases=rephrases,
             prediction=fact.object,

@@ -4,6 +4,10 @@ A batch runs its prompts once. That pass gives the first token's figures, the ga
 its keys and values then serve the teacher-forced passes over the expected answer and its alternative, and the greedy steps
 behind them. With patches by edit every row of a batch is edited by its own question's patch alone. An answer is followed until
 its end is certain, so no row depends on what else is in its batch, but for rounding.
+
+An encoder-decoder answers a prompt as a whole, and a classifier names a label: these are asked once for their words and once for
+each answer's probability. A patch that cannot act row by row (fine-tuned weights), or of which a batch or more is asked, is
+attached to the model for its own questions.
 """
 
 import inspect
@@ -21,10 +25,12 @@ from torch import Tensor
 from errata.bench.cases import Probe
 from errata.bench.fluency import sample
 from errata.errors import ConfigError, RequestError
+from errata.model.anatomy import anatomy
 from errata.model.attached import CONTEXT, STEERED, asked, bare, by_row, scoped, without_patches
-from errata.model.generate import cut, ended, says
+from errata.model.generate import cut, ended, greedy, says
 from errata.model.room import check_room
 from errata.model.states import evaluating, input_device
+from errata.model.targets import IGNORED, supervised
 from errata.model.tokens import Batch, continuation_ids, pad, pad_id, token_ids
 from errata.patch import Patch, attach_rows, check_fits
 from errata.steering import Decision, together
@@ -79,9 +85,10 @@ def ask(
         if missing := {q.edit for q in questions} - set(patches):
             raise RequestError(f"expected a patch for each edit that is asked about, found none for {min(missing)}")
         check_fits([patches[edit] for edit in {q.edit for q in questions}], model, tokenizer)
-    run = partial(_batches, model, tokenizer, batch=batch, wrap=wrap)
+    run = partial(_apart, model, tokenizer, batch=batch, wrap=wrap)
+    answered = _answered if anatomy(model).role == "decoder" else _judged
     tasks: dict[str, Task] = {
-        "": partial(_answered, figures=figures),
+        "": partial(answered, figures=figures),
         "generation": partial(_sampled, seed=seed),
         "unrelated": _unrelated,
     }
@@ -94,7 +101,7 @@ def ask(
         known = {(q.case, q.index): found[i]["generated"] for i, q in enumerate(questions) if _stays(q)} | known
     plain = [q for q in questions if _stays(q) and (q.case, q.index) not in known]
     with without_patches(model):
-        for q, row in zip(plain, run(plain, partial(_answered, figures=False), None), strict=True):
+        for q, row in zip(plain, run(plain, partial(answered, figures=False), None), strict=True):
             known[q.case, q.index] = row["generated"]
     return [_row(q, known.get((q.case, q.index)), found[i]) for i, q in enumerate(questions)]
 
@@ -134,6 +141,28 @@ _NOTHING: Row = dict.fromkeys(
         *("token_accuracy", "gate", "distance", "own_distance", "passed"),
     )
 )
+
+
+def _apart(
+    model: Any, tokenizer: Any, questions: Sequence[Question], task: Task, patches: Mapping[str, Patch] | None, *,
+    batch: int, wrap: Callable[[str], str],
+) -> list[Row]:  # fmt: skip
+    """What the task makes of the questions: those of an edit that is attached alone, edit by edit, then all others together."""
+    found: dict[int, Row] = {}
+    by_edit: dict[str, list[int]] = {}
+    for i, question in enumerate(questions):
+        by_edit.setdefault(question.edit, []).append(i)
+    rest = list(range(len(questions)))
+    if patches is not None:
+        alone = {edit: at for edit, at in by_edit.items() if patches[edit].dense or len(at) >= batch}
+        for edit, at in alone.items():
+            with patches[edit].attach(model, tokenizer):
+                rows = _batches(model, tokenizer, [questions[i] for i in at], task, None, batch=batch, wrap=wrap)
+            found |= dict(zip(at, rows, strict=True))
+        rest = [i for i in rest if questions[i].edit not in alone]
+    rows = _batches(model, tokenizer, [questions[i] for i in rest], task, patches, batch=batch, wrap=wrap)
+    found |= dict(zip(rest, rows, strict=True))
+    return [found[i] for i in range(len(questions))]
 
 
 def _batches(
@@ -204,6 +233,34 @@ def _answered(
                         row |= {"token_accuracy": sum(hits) / len(hits)} if which == "expected" else {}
         texts = _greedy(model, tokenizer, batch, cache, first, names, limits)
     return [row | {"generated": text} for row, text in zip(rows, texts, strict=True)]
+
+
+def _judged(
+    model: Any, tokenizer: Any, questions: Sequence[Question], prompts: Sequence[str], figures: bool = True
+) -> list[Row]:
+    """The answers of an encoder-decoder or the labels of a classifier; with figures also the probabilities."""
+    names = [(*q.probe.expected, *q.probe.alternatives) for q in questions]
+    texts = greedy(model, tokenizer, prompts, max(_limits(tokenizer, names)), len(prompts))
+    rows: list[Row] = [{"generated": text} for text in texts]
+    if not figures:
+        return rows
+    said = asked(model, prompts)
+    for which in ("expected", "alternative"):
+        answers = [q.probe.expected if which == "expected" else q.probe.alternatives for q in questions]
+        some = next((a[0] for a in answers if a), None)
+        if some is None:
+            continue
+        wanted = supervised(model, tokenizer, said, [a[0] if a else some for a in answers])
+        logits = model(**wanted.inputs).logits
+        scores, labels = (logits, wanted.labels) if logits.ndim == 3 else (logits[:, None], wanted.labels[:, None])
+        logp = _wide(scores).log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+        for row, own, label, best, answer in zip(rows, logp, labels, scores.argmax(-1), answers, strict=True):
+            if answer:
+                real = label != IGNORED
+                row |= {f"p_{which}": exp(float(own[real].mean())), f"p_{which}_first": exp(float(own[0]))}
+                if which == "expected":
+                    row["token_accuracy"] = float((best == label)[real].double().mean())
+    return rows
 
 
 def _sampled(model: Any, tokenizer: Any, questions: Sequence[Question], prompts: Sequence[str], seed: int) -> list[Row]:

@@ -27,6 +27,7 @@ Kind = Literal[
     "claim",
     "locality",  # unrelated questions, zsRE's and KnowEdit's
     "unrelated",  # running text, of which the probability is measured
+    "upstream",  # what the model was made for: a stream of edits must leave it right
     "fact",  # any other fact that the model knows: collateral
 ]
 

@@ -13,10 +13,13 @@ from typing import Any
 
 from errata.bench.preset import Method
 from errata.editors import get_editor
+from errata.errors import ConfigError, UnknownEditorError, UnsupportedModelError
 from errata.files import cache_directory, write_atomically
 from errata.model.anatomy import anatomy
 
 MODEL = "model"
+LIMITED = "model-l"  # fine-tuning's norm-constrained options for the model
+EPS = 2e-3  # of a model that has none: the published one of the smallest model
 
 
 def is_atlas(model_name: str) -> bool:
@@ -29,14 +32,20 @@ def is_atlas(model_name: str) -> bool:
 def resolved(method: Method, model: Any, model_name: str) -> Method:
     """The method with `preset="model"` replaced by a preset's name, by none, or by STEAM's options; any other as it is.
 
+    `preset="model-l"` is fine-tuning's with a limit on the weights.
+
     STEAM's change "depth", a first and a last share of the layers, becomes the aligned layers of this model.
     """
-    if method.preset != MODEL:
+    if method.preset not in (MODEL, LIMITED):
         return method
     from errata.editors._models import for_model
 
     row = for_model(model)
     name = row.name if row else ""
+    if method.preset == LIMITED:
+        there = f"{name}-l" in get_editor(method.editor).presets
+        changes = {} if there else {"norm": "linf", "eps": EPS}
+        return replace(method, preset=f"{name}-l" if there else None, changes={**changes, **method.changes})
     if method.editor == "steam":
         changes = dict(method.changes)
         base = changes.get("base", "rome")
@@ -49,6 +58,22 @@ def resolved(method: Method, model: Any, model_name: str) -> Method:
             options["aligned"] = (first, min(n - 1, max(first, round(depth[1] * n) - 1)))
         return replace(method, preset=None, changes={**options, **changes})
     return replace(method, preset=name if name in get_editor(method.editor).presets else None)
+
+
+def inapplicable(method: Method, model: Any, tokenizer: Any) -> str | None:
+    """Why a method cannot be run on this model, None if it can: no such editor, another architecture, or not yet trained."""
+    try:
+        kind = get_editor(method.editor)
+        kind.check_model(model)
+        if kind.learns:
+            from errata.bench.worker import editor_of
+
+            editor: Any = editor_of(method)
+            if not editor.artefact_path(model, tokenizer).is_file():
+                editor.trained(model, tokenizer)  # raises, naming the command
+    except (UnknownEditorError, UnsupportedModelError, ConfigError) as error:
+        return str(error.args[0] if error.args else error)
+    return None
 
 
 def atlas_references() -> Path:

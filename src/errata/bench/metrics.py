@@ -159,6 +159,7 @@ ANSWERS: dict[str, tuple[str, str]] = {
     "context": ("context", "on the edit's prompt behind a long context"),
     "claim": ("claim", "on claims about the edit"),
     "locality": ("locality", "on unrelated questions"),
+    "upstream": ("upstream", "on what the model was made for"),
 }
 RIPPLE = tuple(ANSWERS)[2:8]
 # Kinds where the unedited answer should stay.

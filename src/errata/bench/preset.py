@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from errata.bench.cases import Case, Probe
 from errata.errors import ConfigError
+from errata.model.anatomy import Role, anatomy
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from errata.bench.tables import Table
 
-Setting = Literal["single", "all", "sequential"]
+Setting = Literal["single", "all", "sequential", "stream"]
 
 
 @dataclass(frozen=True)
 class Method:
     """A method as a run has it. label: its name in tables; editor: the method's file; setting: each edit alone on the model
-    ("single"), all of them at once ("all"), or one after another on the model that the earlier ones left ("sequential").
+    ("single"), all of them at once ("all"), one after another on the model that the earlier ones left ("sequential"), or so, but
+    only what the model by then gets wrong ("stream", see `errata.bench.streams`).
     apart: of a sequence whose edits do not bear on each other's fits, as steering's do not, so that fits may be spread. most:
     how many of Atlas's cases it is given, the first ones, where no other number is asked for.
     """
@@ -53,11 +55,13 @@ class Context:
 class Preset:
     """A paper's table or figure, or one of ours.
 
-    cases: the edits with their probes, a function of the context alone; methods: without the unedited model, which every run has;
-    n: how many cases by default on Atlas, `published_n` on the papers' data. checkpoints: numbers of edits after which a
-    sequential method is asked. world: probes of the whole run (collateral, unrelated text), asked of every method of
-    setting "all" or "sequential". extra: further files, made once in the run's directory (traces, sweeps). tables, figures: of
-    the run's rows and directory; a figure function writes PNG files and returns them with their captions.
+    cases: the edits with their probes, a function of the context alone; methods: without the unedited model, which every
+    run has; n: how many cases by default on Atlas, `published_n` on the papers' data. checkpoints: numbers of edits after
+    which a sequential method is asked. every, most: edits of a stream between two looks at it, and after which it ends.
+    world: probes of the whole run (collateral, unrelated text), asked of every method of setting "all", "sequential" or
+    "stream". extra: further files, made once in the run's directory (traces, sweeps). tables, figures: of the run's rows
+    and directory; a figure function writes PNG files and returns them with their captions. roles: kinds of models
+    (`model.anatomy`) that it is for; empty: any.
     """
 
     name: str
@@ -69,9 +73,20 @@ class Preset:
     n: int = 100
     published_n: int | None = None
     checkpoints: tuple[int, ...] = ()
+    every: int = 50
+    most: int = 1000
     world: Callable[[Context], Sequence[Probe]] | None = None
     extra: Callable[[Context, Path], None] | None = None
     figures: Callable[["DataFrame", Path], Sequence[tuple[Path, str]]] | None = None
+    roles: tuple[Role, ...] = ()
+
+
+def unfit(preset: Preset, model: Any) -> str | None:
+    """Why a preset is not for this model, None if it is."""
+    role = anatomy(model).role
+    if not preset.roles or role in preset.roles:
+        return None
+    return f"{preset.name} is for models of the kind {' or '.join(preset.roles)}, found {type(model).__name__} ({role})"
 
 
 def available_presets() -> list[str]:

@@ -211,6 +211,6 @@ NAMES: Mapping[str, str] = MappingProxyType(
     {
         "unedited": "unedited", "sake": "SAKE", "uniform": "Uniform steering", "actadd": "ActAdd", "rome": "ROME",
         "memit": "MEMIT", "compmemit": "CompMEMIT", "icl": "ICL", "ft": "FT", "grace": "GRACE", "mend": "MEND",
-        "ke": "KE", "kn": "KN",
+        "ke": "KE", "kn": "KN", "ft-l": "FT+L", "ke-cf": "KE-CF", "mend-cf": "MEND-CF",
     }
 )  # fmt: skip

@@ -7,6 +7,8 @@ moment, by Ctrl-C or `kill -9`, goes on with the units that are absent, and fits
 
 - single: each edit alone on the model, one patch per row of a batch;
 - all: all edits attached at once (a joint method fits them in one write);
+- stream: item after item, edited only where the model errs by then; after every so many edits all of them are asked again, and
+  the preset's world (what the model was made for);
 - sequential: edit after edit, weight edits merged and the next one fitted on the merged model; at each checkpoint all edits so
   far are asked, with their `position` as a tag. "all" and "sequential" are also asked the preset's probes of the world.
 
@@ -33,11 +35,11 @@ import transformers
 import errata
 from errata.bench.cases import Case
 from errata.bench.engines import Engine, LocalEngine, WorkerPlan
-from errata.bench.methods import is_atlas, resolved
-from errata.bench.preset import Context, Method, Preset
+from errata.bench.methods import inapplicable, is_atlas, resolved
+from errata.bench.preset import Context, Method, Preset, unfit
 from errata.bench.rows import UNEDITED, write_cases
 from errata.bench.store import PatchCache, RunDirectory, file_names, json_config
-from errata.bench.worker import Given, Job, Outcome, Worker, editor_of
+from errata.bench.worker import MAKING, Given, Job, Outcome, Worker, editor_of
 from errata.errors import ConfigError, EditError
 from errata.patch import Patch
 from errata.prompts.sources import with_old_object
@@ -71,7 +73,7 @@ class Progress:
     left: float | None
 
 
-FITTING = ("single", "fit", "chain")
+FITTING = ("single", *MAKING)
 
 
 @dataclass
@@ -126,7 +128,15 @@ def run(
     """
     used: Engine = engine or LocalEngine()
     directory = RunDirectory(out)
+    if (why := unfit(plan.preset, model)) is not None:
+        raise ConfigError(f"{why}; choose another model, or another preset")
     plan = replace(plan, methods=tuple(_as_here(method, plan, model) for method in plan.methods))
+    left_out = {m.label: why for m in plan.methods if (why := inapplicable(m, model, tokenizer)) is not None}
+    if left_out and len(left_out) == len(plan.methods):
+        raise ConfigError(
+            f"none of the methods can be run on this model; {'; '.join(dict.fromkeys(left_out.values()))}"
+        )
+    plan = replace(plan, methods=tuple(m for m in plan.methods if m.label not in left_out))
     _different("methods", "label", [UNEDITED, *(method.label for method in plan.methods)])
     editors = {method.label: editor_of(method) for method in plan.methods}
     context = Context(plan.model_name, model, tokenizer, plan.n, plan.seed, plan.split, plan.data)
@@ -148,13 +158,18 @@ def run(
         "seed": plan.seed,
         "cases": _digest([_case_json(case) for case in cases] + [_json(probe) for probe in world]),
         "checkpoints": list(plan.preset.checkpoints),
+        "every": plan.preset.every,
+        "most": plan.preset.most,
         "shard": shard,
     }
     about = {"command": command, "engine": used.name, "workers": used.workers, **environment(model), "started": _now()}
+    about |= {"left_out": left_out}
     with directory.locked():
         if not directory.begin(spec, about):
             write_cases(directory.path, cases)
-        jobs = plan_jobs(plan.methods, len(cases), len(world), plan.preset.checkpoints, shard)
+        jobs = plan_jobs(
+            plan.methods, len(cases), len(world), plan.preset.checkpoints, shard, plan.preset.every, plan.preset.most
+        )
         work = _Work(directory, plan, jobs, progress, used)
         workers = WorkerPlan(
             plan.model_name, plan.dtype, plan.device_map, tuple(cases), tuple(world), plan.methods, plan.seed, cache
@@ -168,7 +183,13 @@ def run(
 
 
 def plan_jobs(
-    methods: Sequence[Method], count: int, world: int, checkpoints: Sequence[int] = (), shard: int = SHARD
+    methods: Sequence[Method],
+    count: int,
+    world: int,
+    checkpoints: Sequence[int] = (),
+    shard: int = SHARD,
+    look: int = 50,
+    limit: int = 1000,
 ) -> list[Job]:
     """A run's jobs, each behind those that it needs: fixed by the methods, the number of cases and the size of a shard."""
     shards = every = [(start, min(count, start + shard)) for start in range(0, count, shard)]
@@ -199,6 +220,14 @@ def plan_jobs(
                 jobs.append(Job(f"{name}-fit-{k:04}", "fit", label, span))
                 fits.append(jobs[-1].name)
             ask(method, name, n, fits)
+        elif method.setting == "stream":
+            for stop in sorted({min(stop, limit, n) for stop in range(look, n + look, look)}):
+                job = Job(f"{name}-stream-{stop:05}", "stream", label, (0, n), stop, tuple(fits[-1:]))
+                fits = [*fits, job.name]
+                jobs += [job, Job(f"{name}-{stop:05}", "ask", label, (0, n), stop, (job.name,))]
+                if world:
+                    jobs.append(Job(f"{name}-{stop:05}-world", "world", label, (0, 0), stop, (job.name,)))
+            fits = fits[-1:]
         else:
             stops = sorted({min(n, checkpoint) for checkpoint in (*checkpoints, n)} - {0})
             for start, stop in zip([0, *stops], stops, strict=False):
@@ -272,19 +301,19 @@ class _Work:
     def lacking(self) -> list[Job]:
         """The jobs whose results are not there. A fit that is there is done again, from the cache, where patches are needed."""
         lacking = [job for job in self.jobs.values() if not self._is_there(job)]
-        needed = {name for job in lacking for name in job.needs if self.jobs[name].kind in ("fit", "chain")}
+        needed = {name for job in lacking for name in job.needs if self.jobs[name].kind in MAKING}
         return [job for job in self.jobs.values() if job in lacking or job.name in needed]
 
     def _is_there(self, job: Job) -> bool:
         if job.kind == "speed":
             return (self.directory.path / "speeds" / f"{job.name}.json").exists()
-        fits = job.kind not in ("single", "fit", "chain") or self.directory.has_fits(job.name)
+        fits = job.kind not in FITTING or self.directory.has_fits(job.name)
         rows = job.kind not in ("single", "ask", "world") or self.directory.has(job.name)
         return fits and rows
 
     def given(self, job: Job) -> Given:
         """What the job is given; the jobs that it needs are done."""
-        fits = [name for name in job.needs if self.jobs[name].kind in ("fit", "chain")]
+        fits = [name for name in job.needs if self.jobs[name].kind in MAKING]
         patches = [patch for name in fits for patch in self._patches[name]]
         answers = next((name for name in job.needs if self.jobs[name].method == UNEDITED), None)
         return Given(self.directory.answers(answers) if answers else {}, patches)
@@ -298,7 +327,7 @@ class _Work:
             self.directory.write(job.name, [about | row for row in outcome.rows])
         if outcome.speed is not None:
             self.directory.write_json(f"speeds/{job.name}.json", {"method": job.method, **outcome.speed})
-        if job.kind in ("fit", "chain"):
+        if job.kind in MAKING:
             self._patches[job.name] = outcome.patches
         self._left.remove(job)
         self._done += 1

@@ -10,11 +10,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_type_hints
 
+from errata.bench import streams
 from errata.bench.cases import Case, Probe
 from errata.bench.preset import Method
 from errata.bench.rows import UNEDITED
 from errata.bench.store import PatchCache
 from errata.context import Context
+from errata.counterfactual import Counterfactual
 from errata.editor import Editor
 from errata.editors import get_editor
 from errata.errors import EditError
@@ -26,6 +28,7 @@ from errata.patch import Patch
 from errata.steering import Steering
 
 SAMPLED = "generation"
+MAKING = ("fit", "chain", "stream")  # kinds of jobs that make patches for others
 NO_ANSWER = (SAMPLED, "unrelated")
 SPEED_PROMPTS, SPEED_TOKENS, SPEED_ROUNDS = 32, 16, 3
 
@@ -35,12 +38,13 @@ class Job:
     """One piece of a run. name: of the unit's files; span: the cases, by position.
 
     kind: "single" fits the cases and asks each under its own edit; "fit" fits them, "chain" one after another on top of the
-    edits before; "ask" asks them, and "world" the run's own probes, with the first `edits` edits in the model (0: unedited);
-    "speed" measures tokens per second with them. needs: names of the jobs whose results this one is made from.
+    edits before, "stream" goes on with the cases until it holds `edits` edits of what the model gets wrong; "ask" asks
+    them, and "world" the run's own probes, with the first `edits` edits in the model (0: unedited); "speed" measures tokens
+    per second with them. needs: names of the jobs whose results this one is made from.
     """
 
     name: str
-    kind: Literal["single", "fit", "chain", "ask", "world", "speed"]
+    kind: Literal["single", "fit", "chain", "stream", "ask", "world", "speed"]
     method: str
     span: tuple[int, int] = (0, 0)
     edits: int = 0
@@ -118,13 +122,14 @@ class Worker:
     def do(self, job: Job, given: Given) -> Outcome:
         """The job's results. A fit that fails is an entry with its error; any other exception ends the run."""
         started = time.perf_counter()
-        if job.kind in ("single", "fit", "chain") or not job.edits:
+        if job.kind in ("single", *MAKING) or not job.edits:
             self.close()
         given = replace(given, patches=_distinct(given.patches))
         outcome = {
             "single": self._single,
             "fit": self._fit,
             "chain": self._chain,
+            "stream": self._stream,
             "ask": self._ask,
             "world": self._ask,
             "speed": self._speed,
@@ -140,7 +145,7 @@ class Worker:
         if job.kind == "world":
             return [Question("", "", i, probe, dict(probe.tags)) for i, probe in enumerate(self.world)]
         start, stop = job.span
-        sequential = job.edits and self.methods[job.method].setting == "sequential"
+        sequential = job.edits and self.methods[job.method].setting in ("sequential", "stream")
         found = []
         for position in range(start, stop):
             case = self.cases[position]
@@ -180,6 +185,13 @@ class Worker:
         return [self.answers[key] | about for key, about in zip(keys, own, strict=True)]
 
     def _ask(self, job: Job, given: Given) -> Outcome:
+        if job.edits and self.methods[job.method].setting == "stream":
+            if not given.patches:  # the stream had ended before
+                return Outcome(rows=[])
+            self._install(job, given.patches)
+            asked = streams.standing(given.patches[0])
+            job = replace(job, edits=len(streams.edited(given.patches[0])))
+            return Outcome(rows=self._put(job, given, self._questions(job, asked)))
         if job.edits:
             self._install(job, given.patches)
         held = {edit for patch in given.patches for edit in patch.ids} if job.edits else None
@@ -295,6 +307,23 @@ class Worker:
                 fits.append(_entry(job, case, found if isinstance(found, Patch) else None, errors))
         return Outcome(fits=fits, patches=tuple(_shared_gates(patches[len(given.patches) :])))
 
+    def _stream(self, job: Job, given: Given) -> Outcome:
+        """Go on with the stream of cases; no patch if there was nothing left to edit."""
+        editor, cases = self.editors[job.method], self.cases[slice(*job.span)]
+        before = given.patches[0] if given.patches else None
+        if before is None and job.needs:
+            return Outcome(fits=[])
+        requests = list({case.request.id: case.request for case in cases}.values())
+        key = self.cache.key(editor, requests, self.seed, f"stream to {job.edits}, {job.needs}")
+        patch, errors = self.cache.find(key), dict[str, str]()
+        if patch is None:
+            patch, errors = streams.follow(editor, self.model, self.tokenizer, requests, job.edits, before, self.seed)
+            if patch is not None:
+                self.cache.keep(key, patch)
+        new = streams.edited(patch)[len(streams.edited(before)) :] if patch else []
+        fits = streams.entries(job.method, cases, patch, new, errors)
+        return Outcome(fits=fits, patches=(patch,) if patch is not None and new else ())
+
     def _lineage(self, editor: Editor[Any], patches: Sequence[Patch]) -> str:
         """The key of the last of these edits that is in the weights."""
         lineage = ""
@@ -354,7 +383,8 @@ class Worker:
         started = time.perf_counter()
         texts = greedy(self.model, self.tokenizer, prompts, SPEED_TOKENS, len(prompts))
         seconds = time.perf_counter() - started
-        return sum(map(len, token_ids(self.tokenizer, texts, special=False))) / seconds
+        said = [text for text in texts if text.strip()]
+        return sum(map(len, token_ids(self.tokenizer, said, special=False))) / seconds
 
 
 # -- patches -------------------------------------------------------------------------------------------------------------
@@ -390,15 +420,18 @@ def _distinct(patches: Sequence[Patch]) -> list[Patch]:
 
 
 def _shared_gates(patches: Iterable[Patch]) -> Iterator[Patch]:
-    """The patches with equal gates as one object: a thousand copies of a projection would fill the memory."""
+    """The patches with equal gates, and equal experts, as one object: a thousand copies of them would fill the memory."""
     gates: dict[str, Any] = {}
     for patch in patches:
-        parts = (
+        parts = [
             replace(part, gate=gates.setdefault(part.gate.digest, part.gate))
-            if isinstance(part, (Steering, Context)) and part.gate is not None
+            if isinstance(part, (Steering, Context, Counterfactual)) and part.gate is not None
             else part
             for part in patch.parts
-        )
+        ]
+        for i, part in enumerate(parts):
+            if isinstance(part, Counterfactual):
+                parts[i] = replace(part, expert=gates.setdefault(part.expert.digest, part.expert))
         yield replace(patch, parts=tuple(parts))
 
 

@@ -5,7 +5,21 @@ from typing import Annotated
 import typer
 
 from errata import __version__
-from errata.cli import bench, data, demo, export, fit, flexibility, inspect, scope, statistics, trace, tune, verify
+from errata.cli import (
+    bench,
+    data,
+    demo,
+    export,
+    fit,
+    flexibility,
+    inspect,
+    scope,
+    statistics,
+    trace,
+    train,
+    tune,
+    verify,
+)
 from errata.cli.common import CommandGroup
 
 HELP = """Correct facts inside language models, check that the correction took, and take it back at any time.
@@ -58,6 +72,7 @@ app.command("calibrate")(scope.calibrate)
 app.command("statistics")(statistics.statistics)
 app.command("updates")(inspect.updates)
 app.command("trace")(trace.trace)
+app.command("train")(train.train)
 app.command("tune")(tune.tune)
 app.command("flexibility")(flexibility.flexibility)
 app.add_typer(bench.app, name="bench")

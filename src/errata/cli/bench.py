@@ -147,7 +147,7 @@ def run(
     json_output: Json = False,
 ) -> None:
     """Run a preset, or all of them, on a model; an interrupted run with the same command goes on."""
-    from errata.bench.preset import available_presets, get_preset, pick_methods
+    from errata.bench.preset import available_presets, get_preset, pick_methods, unfit
     from errata.bench.runner import Plan
 
     every = preset == EVERY
@@ -162,6 +162,9 @@ def run(
     answers: dict[Any, dict[str, Any]] = {}
     with _engine(engine, address, workers, threads, loaded, n) as chosen:
         for one, own in zip(presets, picked, strict=True):
+            if every and (why := unfit(one, loaded)) is not None:
+                notice(f"left out: {why}")
+                continue
             plan = Plan(one, model, own, n, seed, data, split.value, dtype, device_map)
             where = out_path / one.name if every else out_path
             try:

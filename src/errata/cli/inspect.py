@@ -157,7 +157,7 @@ def _edit(patch: Any, request: Any) -> dict[str, Any]:
         "target_true": request.target_true,
         "target_new": request.target_new,
         "kinds": sorted({part.kind for part in every}),
-        "steps": len(parts[0].maps) if parts else None,
+        "steps": parts[0].steps if parts else None,
         "rank": [m.rank for m in parts[0].maps] if parts else [part.rank for part in columns],
         "bytes": size,
         "converged": patch.report.get(request.id, {}).get("converged"),
@@ -195,32 +195,52 @@ def _print_edits(edits: Sequence[dict[str, Any]], *, steering: bool, weights: bo
     out().print(made)
 
 
-def methods(json_output: Json = False) -> None:
-    """List the editing methods, their presets and options."""
+def methods(
+    method: Annotated[str | None, typer.Argument(help="One method, with its presets and options.")] = None,
+    json_output: Json = False,
+) -> None:
+    """List the editing methods and which models they edit, as the methods say it; of one, its presets and options."""
     from errata.editors import available_editors, get_editor
 
-    found: list[dict[str, Any]] = []
-    for name, module in sorted(available_editors().items()):
-        editor = get_editor(name)
-        options = {f.name: None if f.default is MISSING else f.default for f in fields(editor.Config)}
-        found.append(
-            {
-                "method": name,
-                "summary": editor.summary,
-                "module": module,
-                "needs_subject": editor.needs_subject,
-                "presets": {preset: dict(changes) for preset, changes in sorted(editor.presets.items())},
-                "options": options,
-            }
-        )
+    known = available_editors()
+    found = [_method(get_editor(name), known[name]) for name in ([method] if method else sorted(known))]
     if json_output:
         emit({"methods": found})
         return
-    made = table(None, "method", "what it is", "presets", "options (--set NAME=VALUE)")
+    if method:
+        [m] = found
+        out().print(f"{m['method']}: {m['summary']}", markup=False, soft_wrap=True)
+        made = table("options (--set NAME=VALUE)", "option", "default")
+        for option, value in m["options"].items():
+            row(made, option, value)
+        out().print(made)
+        made = table("presets (--preset NAME)", "preset", "what it changes")
+        for preset, changes in m["presets"].items():
+            row(made, preset, ", ".join(f"{option}={value}" for option, value in changes.items()))
+        out().print(made)
+        return
+    made = table(None, "method", "place", "how", "streams", "learns", "keeps out", *ROLES.values())
     for m in found:
-        settings = ", ".join(f"{name}={value}" for name, value in m["options"].items())
-        row(made, m["method"], m["summary"], "\n".join(m["presets"]), settings)
+        traits = ("yes" if m[name] else "-" for name in ("streams", "learns", "scoped"))
+        roles = ("yes" if role in m["supports"] else "-" for role in ROLES)
+        row(made, m["method"], m["place"], m["how"], *traits, *roles)
     out().print(made)
+    out().print(
+        "streams: goes on from an earlier patch; learns: is trained before it edits (errata train); keeps out: prompts outside every "
+        "edit's scope are answered bit for bit as before; the last three: models that it edits. errata methods NAME tells more.",
+        markup=False,
+        style="dim",
+    )
+
+
+ROLES = {"decoder": "decoder", "encoder-decoder": "encoder-decoder", "classifier": "encoder"}
+
+
+def _method(editor: Any, module: str) -> dict[str, Any]:
+    """All that is said about a method."""
+    options = {f.name: None if f.default is MISSING else f.default for f in fields(editor.Config)}
+    presets = {preset: dict(changes) for preset, changes in sorted(editor.presets.items())}
+    return editor.traits() | {"module": module, "presets": presets, "options": options}
 
 
 def updates(

@@ -11,10 +11,15 @@ from torch import Tensor
 from errata.codebook import Place, Replace, Routed
 from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
-from errata.editors._finetune import layers_of
-from errata.editors._items import items_of, losses_of, says
-from errata.editors._models import late_layer
-from errata.editors._value_rows import Row
+from errata.editors._items import (
+    Item,
+    column_of,
+    contradictions,
+    items_of,
+    losses_of,
+    place_of,
+    says,
+)
 from errata.editors._value_search import _without_gradients
 from errata.errors import AnatomyError, ConfigError
 from errata.low_rank_table import base_layer, sizes
@@ -29,15 +34,17 @@ from errata.patch import Patch, check_fits
 class AdapterConfig:
     """Settings of an adapter.
 
-    layer: negative from the end; None for one near three quarters of the depth; site: the linear map, a role of the anatomy or
-    a path in the block; replace: see `Place` (published: "all"). steps, lr: Adam's, for each request; stop: nats at which a
-    request is done, 0 for never. skip: leave out what the model already says. ending: text that the model is to say behind the
-    new object.
+    layer: negative from the end, "encoder.4" of an encoder; None for one near three quarters of the depth; site: the linear
+    map, a role of the anatomy or a path in the block; key: the token that asks for its row, the prompt's "last" or "first";
+    None: the first of a classifier, else the last; replace: see `Place` (published: "all"); None: "each" in a decoder, in
+    an encoder the one token that asks ("last"). steps, lr: Adam's, for each request; stop: nats at which a request is done,
+    0 for never. skip: leave out what the model already says. ending: text that the model is to say behind the new object.
     """
 
-    layer: int | None = None
+    layer: int | str | None = None
     site: str = "mlp_out"
-    replace: Replace = "each"
+    key: Literal["last", "first"] | None = None
+    replace: Replace | None = None
     steps: int = 100
     lr: float = 0.1
     stop: float = 0.05
@@ -47,7 +54,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if min(self.steps, self.lr) <= 0 or self.stop < 0:
             raise ConfigError(f"expected steps and lr above 0 and stop of at least 0, found {self}")
-        Place(0, self.site, self.replace)
+        Place(0, self.site, self.replace or "each", self.key or "last")
 
 
 C = TypeVar("C", bound=AdapterConfig)
@@ -57,8 +64,10 @@ class AdapterEditor(Editor[C]):
     """Requests in order, each training the adapter on. Subclasses say what it is, and what it answers while it is trained."""
 
     joint = True
-    place: ClassVar[str] = "external memory"
-    how: ClassVar[str] = "optimised"
+    place = "external memory"
+    how = "optimised"
+    supports = ("decoder", "encoder-decoder", "classifier")
+    streams = True
     form: ClassVar[Literal["defer", "memory"]]
 
     @abstractmethod
@@ -89,9 +98,8 @@ class AdapterEditor(Editor[C]):
         of another place, BaseMismatchError if it is of another model.
         """
         self.check(requests, model, tokenizer)
-        parts = anatomy(model)
-        [layer] = layers_of(model, None if self.config.layer is None else (self.config.layer,), late_layer(model))
-        place = Place(layer, self.config.site, self.config.replace)
+        parts, config = anatomy(model), self.config
+        place, _ = place_of(model, config.layer, config.site, config.replace, config.key)
         size = sizes(base_layer(submodule(model, place.path(parts))))
         if size is None:
             raise AnatomyError(f"expected a linear map at {place.path(parts)!r}, found none.")
@@ -109,9 +117,10 @@ class AdapterEditor(Editor[C]):
                     if progress is not None:
                         progress(i + 1, len(items))
                 said = run.says(items)
-        for request, right in zip(requests, said, strict=True):
-            report[request.id] |= {"layer": layer, "converged": right}
         everything = before.requests + tuple(requests)
+        clashes = contradictions(everything)
+        for request, right in zip(requests, said, strict=True):
+            report[request.id] |= {"layer": place.layer, "converged": right} | clashes.get(request.id, {})
         found = {name: t.detach().cpu().clone() for name, t in run.weights.items()}
         trained = () if run.inert else (self.part(tuple(r.id for r in everything), found, place),)
         return replace(before, requests=everything, parts=trained, report=before.report | report)
@@ -127,7 +136,7 @@ class _Run:
         device = next(submodule(model, place.path(anatomy(model))).parameters()).device
         wide = torch.promote_types(model.dtype, torch.float32)
         self.weights = {name: t.detach().to(device, wide).clone().requires_grad_() for name, t in weights.items()}
-        self._running: Sequence[Row] = ()
+        self._running: Sequence[Item] = ()
         self._training = False
 
     def hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -138,7 +147,8 @@ class _Run:
         shape, n = y.shape, len(self._running)
         wide = next(iter(self.weights.values())).dtype
         x, y = x.reshape(n, -1, x.shape[-1]).to(wide), y.reshape(n, -1, shape[-1])  # OPT's MLP runs on (n * T, a)
-        at = torch.tensor([item.reads[0] for item in self._running], device=x.device)
+        asks = [column_of(self.model, self.place.layer, item, self.place.ask) for item in self._running]
+        at = torch.tensor(asks, device=x.device)
         if not self._training:
             part = self.editor.part(("",), {name: t.detach() for name, t in self.weights.items()}, self.place)
             return with_first_tensor(output, replaced(routed_reply(part), self.place, x, y, at).reshape(shape))
@@ -152,7 +162,7 @@ class _Run:
 
         return with_first_tensor(output, replaced(reply, self.place, x, y, at).reshape(shape))
 
-    def says(self, items: Sequence[Row]) -> list[bool]:
+    def says(self, items: Sequence[Item]) -> list[bool]:
         """Whether the model with the adapter says each item's target."""
         found = []
         for start in range(0, len(items), 64):
@@ -160,7 +170,7 @@ class _Run:
             found += says(self.model, self._running)
         return found
 
-    def train(self, item: Row) -> dict[str, Any]:
+    def train(self, item: Item) -> dict[str, Any]:
         """Train the adapter on one item with a fresh Adam; notes for the report."""
         config, curve = self.editor.config, list[float]()
         optimiser = torch.optim.Adam(list(self.weights.values()), config.lr)

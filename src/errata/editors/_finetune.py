@@ -18,6 +18,9 @@ from errata.model.anatomy import anatomy, submodule
 
 Penalty = Callable[[dict[str, Tensor]], Tensor]
 """Deltas -> a loss to be added, nats."""
+SHARE = (
+    0.01  # of the weights' own size: what FT-L's published eps come to on the models that they were chosen for, about
+)
 HELD = 1 - 1e-6  # a projection ends just inside its ball, so that rounding cannot carry it out
 
 
@@ -31,8 +34,9 @@ class TrainConfig:
     forced, or "prompt_last" (published), all target tokens at the prompt's last position. steps: epochs; lr, optimizer: "adam"
     or "rmsprop"; batch: requests in a step. stop: nats below which a batch makes no step, and an epoch is the last; until:
     "loss" or "says", to end as soon as the model says the targets. norm, eps: of the change, held after every step: "linf" max
-    |delta| <= eps for each parameter (FT-L), "l2" the Frobenius norm over all parameters <= eps (Zhu et al. 2020, both), None.
-    ending: text that the model is to say behind the new object.
+    |delta| <= eps for each parameter (FT-L), "l2" the Frobenius norm over all parameters <= eps (Zhu et al. 2020, both), None;
+    eps None with a norm: `SHARE` of the chosen weights' own, their root mean square for "linf" and their Frobenius norm for
+    "l2". ending: text that the model is to say behind the new object.
     """
 
     layers: tuple[int, ...] | Literal["first", "all"] | None = None
@@ -61,9 +65,9 @@ class TrainConfig:
             )
         if min(self.steps, self.batch, self.lr) <= 0 or self.stop < 0:
             raise ConfigError(f"expected steps, batch and lr above 0 and stop of at least 0, found {self}")
-        if (self.norm is None) is not (self.eps is None) or not (self.eps is None or self.eps > 0):
+        if self.eps is not None and (self.norm is None or not self.eps > 0):
             raise ConfigError(
-                f"expected norm and an eps above 0, or neither, found norm={self.norm!r} and eps={self.eps!r}"
+                f"expected a norm with an eps above 0, a norm alone, or neither, found norm={self.norm!r} and eps={self.eps!r}"
             )
 
 
@@ -116,6 +120,12 @@ class Tuner:
             if start is not None and name in start:
                 delta += start[name].to(delta)
             self.deltas[name] = delta.requires_grad_()
+        self.eps = config.eps if config.eps is not None or config.norm is None else SHARE * self._own_size()
+
+    def _own_size(self) -> float:
+        """The chosen weights' root mean square ("linf") or Frobenius norm ("l2")."""
+        squares = float(sum(weight.double().square().sum().cpu() for weight in self.weights.values()))
+        return (squares if self.config.norm == "l2" else squares / sum(w.numel() for w in self.weights.values())) ** 0.5
 
     def call(self, **inputs: Any) -> Any:
         """The model with its deltas."""
@@ -170,13 +180,15 @@ class Tuner:
     @torch.no_grad()
     def project(self) -> None:
         """Bring the deltas back into the ball of the norm constraint, where they are outside."""
+        if self.eps is None:
+            return
+        bound = self.eps * HELD
         if self.config.norm == "linf":
-            bound = float(self.config.eps or 0) * HELD
             for delta in self.deltas.values():
                 delta.clamp_(-bound, bound)
-        elif self.config.norm == "l2" and (size := self.size()) > float(self.config.eps or 0) * HELD:
+        elif (size := self.size()) > bound:
             for delta in self.deltas.values():
-                delta.mul_(float(self.config.eps or 0) * HELD / size)
+                delta.mul_(bound / size)
 
     def size(self) -> float:
         """The Frobenius norm of all deltas together, weight units."""

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.context import Context
 from errata.edit import EditRequest
 from errata.maths.discriminant import logistic_plane
 from errata.model.anatomy import anatomy
+from errata.prompts import contexts
 from errata.scope.features import gate_features
 from errata.scope.gate import Gate, gate_for, load_gate
 from errata.scope.radius import others, radius_from_prompts
@@ -83,3 +85,17 @@ class Scope:
         return centre, radius_from_prompts(
             self.model, self.tokenizer, gate, points, centre, request, self.wrap, self.token
         )
+
+
+def context_part(
+    request: EditRequest, text: str, scope: Scope | None, prompts: int, seed: int, note: dict[str, Any]
+) -> Context:
+    """An edit as a context, with a ball around so many of its prompts, or with no scope; the report's note says how many."""
+    if scope is None:
+        return Context(request.id, request.key, text)
+    given = list(dict.fromkeys((*request.fit_prompts, request.text)))
+    inside = contexts.lead_ins(given, prompts, seed)
+    points = scope.points([request.text, *inside])
+    centre, radius = scope.ball(request, points[1:], points[0], False, note)
+    note["prompts"] = len(inside)
+    return Context(request.id, request.key, text, scope.gate, centre, float(radius))

@@ -99,6 +99,8 @@ class WeightEditor(Editor[C]):
     """An editor that finds values by the search and writes them into MLP output projections in closed form."""
 
     needs_subject = True
+    place = "local modification"
+    how = "optimised"
 
     def job(self, request: EditRequest, contexts: Sequence[str]) -> ValueJob:
         """What the value search has the model say for a request."""

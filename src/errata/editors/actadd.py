@@ -64,6 +64,9 @@ class ActAdd(Editor[ActAddConfig]):
 
     method = "actadd"
     summary = "shift of the last hidden state by one contrast pair, behind SAKE's scope test (Turner et al. 2023)"
+    place = "external memory"
+    how = "direct"
+    scoped = True
     Config = ActAddConfig
     presets = {
         "paper-gpt2-xl-counterfact": PAPER | {"radius": 6.75},

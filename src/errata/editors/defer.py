@@ -37,6 +37,7 @@ class Defer(AdapterEditor[DeferConfig]):
     method = "defer"
     summary = "a gate at one layer that hands over to a linear map of its own (Hartvigsen et al. 2023)"
     form = "defer"
+    scoped = True
     Config = DeferConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "published": {"replace": "all", "stop": 0.0, "skip": False},

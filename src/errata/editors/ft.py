@@ -3,7 +3,9 @@
 "joint" training runs epochs over all requests in batches (Meng et al. 2022, FT and FT-L); "stream" takes them one by one, each
 until the model says its object, on the weights as the earlier ones left them (Hartvigsen et al. 2023). FT-L (Zhu et al. 2020;
 norm="linf") and its Frobenius form (norm="l2") keep the change small. Emits one dense part. Deltas are trained beside the
-model's weights, which stay as they are.
+model's weights, which stay as they are. Presets: "ke-first" and "ke-all" are De Cao et al.'s baselines, until the prediction
+flips; "zhu-..." the same within a norm; models' names FT, and with "-l" FT-L, as Meng et al. had them ("gpt2-xl-block" for FT-W,
+whose weight decay was never active).
 
 Differs from the published code by default (the presets restore it): the target is teacher forced, not scored at one position;
 parameters are chosen by path, so layer 2 is not also 20 to 27; the constraint holds whatever number eps is.
@@ -46,6 +48,7 @@ class FTConfig(TrainConfig):
 
 C = TypeVar("C", bound=FTConfig)
 _ROME: dict[str, Any] = {"objective": "prompt_last"}
+_KE: dict[str, Any] = {"parameters": "weights", "optimizer": "rmsprop", "lr": 1e-5, "steps": 100, "until": "says"}
 
 
 def _limited(layer: int, eps: float) -> dict[str, Any]:
@@ -56,8 +59,10 @@ class FineTuner(Editor[C]):
     """What FT and its kin share: a pass over the requests, and what a subclass does before and after each."""
 
     joint = True
-    place: ClassVar[str] = "global optimisation"
-    how: ClassVar[str] = "optimised"
+    supports = ("decoder", "encoder-decoder", "classifier")
+    place = "global optimisation"
+    how = "optimised"
+    streams = True
 
     def fit(
         self,
@@ -99,7 +104,7 @@ class FineTuner(Editor[C]):
                     if progress is not None:
                         progress(i + 1, len(items))
             said = tuner.says(items)
-        about = {"layers": layers, "size": round(tuner.size(), 6)}
+        about = {"layers": layers, "size": round(tuner.size(), 6)} | ({"eps": tuner.eps} if tuner.eps else {})
         report = {r.id: about | report[r.id] | {"converged": right} for r, right in zip(requests, said, strict=True)}
         everything = before.requests + tuple(requests)
         part = Dense(tuple(r.id for r in everything), tuner.done())
@@ -126,22 +131,13 @@ class FT(FineTuner[FTConfig]):
         "gpt2-large-l": _limited(0, 1e-3),
         "gpt2-xl-l": _limited(0, 5e-4),
         "gpt-j-6b-l": _limited(0, 5e-5),
-        "ke-first": {
-            "layers": "first",
-            "parameters": "weights",
-            "optimizer": "rmsprop",
-            "lr": 1e-5,
-            "steps": 100,
-            "until": "says",
-        },
-        "ke-all": {
-            "layers": "all",
-            "parameters": "weights",
-            "optimizer": "rmsprop",
-            "lr": 1e-5,
-            "steps": 100,
-            "until": "says",
-        },
+        "gpt2-xl-block": {**_ROME, "layers": (21,), "parameters": "block"},
+        "ke-first": {**_KE, "layers": "first"},
+        "ke-all": {**_KE, "layers": "all"},
+        "zhu-first": {**_KE, "layers": "first", "norm": "linf"},
+        "zhu-all": {**_KE, "layers": "all", "norm": "linf"},
+        "zhu-first-l2": {**_KE, "layers": "first", "norm": "l2"},
+        "zhu-all-l2": {**_KE, "layers": "all", "norm": "l2"},
         "grace": {"order": "stream", "lr": 1e-2, "steps": 100, "until": "says"},
     }
 

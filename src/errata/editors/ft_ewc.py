@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from errata.editors._finetune import Tuner
-from errata.editors._value_rows import Row
+from errata.editors._items import Item
 from errata.editors.ft import FineTuner, FTConfig
 from errata.errors import ConfigError
 
@@ -45,7 +45,7 @@ class FTEWC(FineTuner[FTEWCConfig]):
     summary = "streaming fine-tuning tied to what earlier edits need (EWC, Kirkpatrick et al. 2017)"
     Config = FTEWCConfig
 
-    def edit(self, tuner: Tuner, item: Row, past: Sequence[Row]) -> dict[str, Any]:
+    def edit(self, tuner: Tuner, item: Item, past: Sequence[Item]) -> dict[str, Any]:
         """One request, with the penalty of the latest edits before it."""
         latest = past[-self.config.memory :]
         if not latest or not self.config.lam:
@@ -64,7 +64,7 @@ class FTEWC(FineTuner[FTEWCConfig]):
         return tuner.train([item], penalty)
 
 
-def fisher(tuner: Tuner, items: Sequence[Row]) -> dict[str, Tensor]:
+def fisher(tuner: Tuner, items: Sequence[Item]) -> dict[str, Tensor]:
     """The diagonal of the Fisher information at the tuner's weights: the mean over items of the squared gradient of each item's loss."""
     total = {name: torch.zeros_like(delta, requires_grad=False) for name, delta in tuner.deltas.items()}
     for item in items:

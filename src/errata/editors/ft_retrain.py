@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from errata.editors._finetune import Tuner
-from errata.editors._value_rows import Row
+from errata.editors._items import Item
 from errata.editors.ft import FineTuner, FTConfig
 from errata.errors import ConfigError
 
@@ -42,7 +42,7 @@ class FTRetrain(FineTuner[FTRetrainConfig]):
     summary = "streaming fine-tuning with periodic retraining on all edits so far (Hartvigsen et al. 2023)"
     Config = FTRetrainConfig
 
-    def edit(self, tuner: Tuner, item: Row, past: Sequence[Row]) -> dict[str, Any]:
+    def edit(self, tuner: Tuner, item: Item, past: Sequence[Item]) -> dict[str, Any]:
         """One request, and after every so many the past as well."""
         notes = tuner.train([item])
         history = [*past, item]

@@ -9,6 +9,9 @@ so. Emits a codebook part for each edit.
 Differs from the published code by default (preset "published" restores it): every token asks for itself, so that cached and
 whole texts agree; the nearest *containing* ball answers, and balls of different labels never overlap; labels are equal target
 ids; values start from the map's own output and stop once the model says the object.
+
+On an encoder-decoder the layer may be one of the encoder ("encoder.4", as published for T5, where the prompt's tokens are
+replaced) or of the decoder, which asks at its start token. A classifier asks at its first token, which its head reads.
 """
 
 import math
@@ -23,10 +26,18 @@ from torch import Tensor
 from errata.codebook import CodebookEntry, Place, Replace
 from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
-from errata.editors._finetune import layers_of
-from errata.editors._items import items_of, logits_of, losses_of, says
-from errata.editors._models import late_layer
-from errata.editors._value_rows import Row, ValueJob
+from errata.editors._items import (
+    Item,
+    column_of,
+    contradictions,
+    items_of,
+    logits_of,
+    losses_of,
+    place_of,
+    says,
+    wanted,
+)
+from errata.editors._value_rows import ValueJob
 from errata.editors._value_search import NLL, NormPenalty, Term, ValueSearchConfig, _without_gradients, search_values
 from errata.editors._weights import entry
 from errata.errors import ConfigError
@@ -34,31 +45,36 @@ from errata.maths.codebook import Codebook, Rules
 from errata.model.anatomy import anatomy
 from errata.model.fingerprint import base_of
 from errata.model.hooks import Capture, Hooks, first_tensor, with_first_tensor
+from errata.model.states import input_device
 from errata.output_table import book_reply, replaced
 from errata.patch import Patch, check_fits
 
 REACH = 0.6  # of a key's own length: chosen on Atlas's dev facts, between other phrasings of a fact and other facts
 AHEAD = 64  # requests whose values are searched as one batch
+ALONE: dict[Replace, Replace] = {"each": "last"}  # where a value is trained by itself, only the token that asks has it
 
 
 @dataclass(frozen=True)
 class GRACEConfig:
     """Settings of GRACE.
 
-    layer: negative from the end; None for one near three quarters of the depth; site: the linear map, a role of the anatomy or
-    a path in the block. key: the token that asks, the prompt's "last" or the "subject"'s (only where each token asks for
-    itself); replace: see `Place`. radius: of a new ball (the paper's epsilon), activation units; None for 0.6 |key|. start:
-    "warm", the map's own output or "cold" U[0, 1); training: plain "gradient" descent or with N(0, noise) added to the value
-    at each step ("perturbed"). steps, lr (Adam's, activation units), stop (nats, 0 for never), norm: weight of the penalty
-    (|value - output| / |output|)^2, for warm values at the MLP's output. expand, guard, defer, match, same: see `Rules`; same
+    layer: negative from the end, "encoder.4" of an encoder; None for one near three quarters of the depth; site: the map
+    whose input asks and whose output is replaced, "mlp" for the whole MLP, a role of the anatomy or a path in the block;
+    None: the MLP, or the first of its maps where it is no module of its own (BERT). key: the token that asks, the prompt's
+    "last" or "first", or the "subject"'s (only where each token asks for itself); None: the first of a classifier, else the
+    last. replace: see `Place`; None: "each" in a decoder, in an encoder the one token that asks ("last"). radius: of a new
+    ball (the paper's epsilon), activation units; None for 0.6 |key|. start: "warm", the map's own output or "cold" U[0, 1);
+    training: plain "gradient" descent or with N(0, noise) added to the value at each step ("perturbed"). steps, lr (Adam's,
+    activation units), stop (nats, 0 for never), norm: weight of the penalty (|value - output| / |output|)^2, for warm
+    values at the MLP's output. expand, guard, defer, match, same: see `Rules`; same
     is at least 0.02 on models in half precision. skip: leave out what the model already says. ending: text that the model is
     to say behind the new object.
     """
 
-    layer: int | None = None
-    site: str = "mlp_out"
-    key: Literal["last", "subject"] = "last"
-    replace: Replace = "each"
+    layer: int | str | None = None
+    site: str | None = None
+    key: Literal["last", "first", "subject"] | None = None
+    replace: Replace | None = None
     radius: float | None = None
     start: Literal["warm", "cold"] = "warm"
     training: Literal["gradient", "perturbed"] = "gradient"
@@ -76,10 +92,10 @@ class GRACEConfig:
     ending: str = ""
 
     def __post_init__(self) -> None:
-        named = self.key in ("last", "subject") and self.start in ("warm", "cold")
+        named = self.key in ("last", "first", "subject", None) and self.start in ("warm", "cold")
         if not named or self.training not in ("gradient", "perturbed"):
             raise ConfigError(
-                "expected key 'last' or 'subject', start 'warm' or 'cold' and training 'gradient' or 'perturbed', found "
+                "expected key 'last', 'first' or 'subject', start 'warm' or 'cold' and training 'gradient' or 'perturbed', found "
                 f"{self.key!r}, {self.start!r} and {self.training!r}"
             )
         if (
@@ -89,11 +105,11 @@ class GRACEConfig:
             raise ConfigError(
                 f"expected radius, lr and steps above 0, and stop, noise and norm of at least 0, found {self}"
             )
-        if self.key == "subject" and self.replace != "each":
+        if self.key == "subject" and self.replace not in ("each", None):
             raise ConfigError(
                 f"expected replace 'each' with keys at the subject, found {self.replace!r}: no other mode asks at the subject"
             )
-        Place(0, self.site, self.replace)
+        Place(0, self.site or "mlp", self.replace or "each")
         self.rules(torch.float32)
 
     def rules(self, dtype: torch.dtype) -> Rules:
@@ -103,7 +119,7 @@ class GRACEConfig:
 
 
 _PUBLISHED: dict[str, Any] = {
-    "radius": 1.0, "replace": "prompt", "start": "cold", "stop": 0.0, "expand": "coverage", "guard": False,
+    "site": "mlp_out", "radius": 1.0, "replace": "prompt", "start": "cold", "stop": 0.0, "expand": "coverage", "guard": False,
     "defer": "nearest", "match": "mean", "same": 0.0, "skip": False, "lr": 1.0,
 }  # fmt: skip
 
@@ -114,11 +130,16 @@ class GRACE(Editor[GRACEConfig]):
     method = "grace"
     summary = "a codebook of keys, values and radii at one layer (Hartvigsen et al. 2023)"
     batch = AHEAD
-    place: ClassVar[str] = "external memory"
-    how: ClassVar[str] = "optimised"
+    place = "external memory"
+    how = "optimised"
+    supports = ("decoder", "encoder-decoder", "classifier")
+    streams = True
+    scoped = True
     Config = GRACEConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "published": _PUBLISHED,
+        "t5-small": {**_PUBLISHED, "layer": "encoder.4", "radius": 3.0, "steps": 200},
+        "bert-base": {**_PUBLISHED, "layer": 10, "key": "last"},
         "gpt2-xl": {**_PUBLISHED, "replace": "last", "layer": 35, "site": "mlp_in", "steps": 200},
         "gpt-j-6b": {**_PUBLISHED, "replace": "last", "layer": 25, "steps": 200},
         "llama-2-7b": {**_PUBLISHED, "replace": "last", "layer": 27, "steps": 50},
@@ -140,16 +161,15 @@ class GRACE(Editor[GRACEConfig]):
         of another layer or other rules, BaseMismatchError if it is of another model.
         """
         self.check(requests, model, tokenizer)
-        parts = anatomy(model)
-        [layer] = layers_of(model, None if self.config.layer is None else (self.config.layer,), late_layer(model))
-        place, rules = Place(layer, self.config.site, self.config.replace), self.config.rules(model.dtype)
+        parts, rules, config = anatomy(model), self.config.rules(model.dtype), self.config
+        place, key = place_of(model, config.layer, config.site, config.replace, config.key)
         before = onto or Patch(self.method, asdict(self.config), (), base_of(model, tokenizer), ())
         _check_onto(before, place, rules, model, tokenizer)
         items = items_of(tokenizer, requests, self.config.ending)
         made: list[CodebookEntry] = [part for part in before.parts if isinstance(part, CodebookEntry)]
         report: dict[str, dict[str, Any]] = {}
         with quiet(model), _without_gradients(model):
-            stream = _Stream(self.config, model, tokenizer, place, Codebook(rules), seed)
+            stream = _Stream(self.config, model, tokenizer, place, key, Codebook(rules), seed)
             for known in made:
                 known.insert_into(stream.book)
             with Hooks(model, forward=[(place.path(parts), stream.hook)]):
@@ -161,8 +181,9 @@ class GRACE(Editor[GRACEConfig]):
                         if progress is not None:
                             progress(i + 1, len(items))
                 said = stream.says(items)
+        clashes = contradictions([*before.requests, *requests])
         for request, right in zip(requests, said, strict=True):
-            report[request.id] |= {"layer": layer, "converged": right}
+            report[request.id] |= {"layer": place.layer, "converged": right} | clashes.get(request.id, {})
         return replace(
             before, requests=before.requests + tuple(requests), parts=tuple(made), report=before.report | report
         )
@@ -187,28 +208,37 @@ def _check_onto(patch: Patch, place: Place, rules: Rules, model: Any, tokenizer:
 class _Stream:
     """The codebook while it grows, at work on the model: its hook answers with what the book holds so far."""
 
-    def __init__(self, config: GRACEConfig, model: Any, tokenizer: Any, place: Place, book: Codebook, seed: int):
+    def __init__(
+        self, config: GRACEConfig, model: Any, tokenizer: Any, place: Place, key: str, book: Codebook, seed: int
+    ):
         self.config, self.model, self.tokenizer, self.place, self.book = config, model, tokenizer, place, book
+        self._key = key
         self.generator = torch.Generator().manual_seed(seed)
         self._path = place.path(anatomy(model))
-        self._running: Sequence[Row] = ()
+        self._running: Sequence[Item] = ()
         self._values: Tensor | None = None  # in place of the book's, while one of them is trained
+        self._own: Tensor | None = None  # a value for each running item, while they are trained together
         self._off = False
         self._keys: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
         self._starts: dict[str, tuple[Tensor, dict[str, Any]]] = {}
 
     def hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The forward hook of the place's linear map."""
-        if self._off or not len(self.book):
+        if self._own is None and (self._off or not len(self.book)):
             return None
         x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
         shape, n = y.shape, len(self._running)
         x, y = x.reshape(n, -1, x.shape[-1]), y.reshape(n, -1, shape[-1])  # OPT's MLP runs on (n * T, a)
-        at = torch.tensor([item.reads[0] for item in self._running], device=x.device)
-        new = replaced(book_reply(self.book, self._values), self.place, x, y, at)
+        at = torch.tensor([self._column(item) for item in self._running], device=x.device)
+        if self._own is not None:
+            own, place = self._own, replace(self.place, replace=ALONE.get(self.place.replace, self.place.replace))
+            new = replaced(lambda q: (torch.ones(n, dtype=torch.bool, device=q.device), own), place, x, y, at)
+        else:
+            new = replaced(book_reply(self.book, self._values), self.place, x, y, at)
         return with_first_tensor(output, new.reshape(shape))
 
-    def says(self, items: Sequence[Row]) -> list[bool]:
+    def says(self, items: Sequence[Item]) -> list[bool]:
         """Whether the model with the book says each item's target."""
         found = []
         for start in range(0, len(items), AHEAD):
@@ -216,37 +246,37 @@ class _Stream:
             found += says(self.model, self._running)
         return found
 
-    def look_ahead(self, requests: Sequence[EditRequest], items: Sequence[Row]) -> None:
+    def look_ahead(self, requests: Sequence[EditRequest], items: Sequence[Item]) -> None:
         """Read the keys of requests to come, and find values for those that the model gets wrong as it stands, in batches."""
         keys, outputs = self._read(items)
         self._keys = {r.id: key for r, key in zip(requests, keys, strict=True)}
+        self._outputs = {r.id: output for r, output in zip(requests, outputs, strict=True)}
         right = self.says(items) if self.config.skip else [False] * len(items)
         wrong = [i for i, said in enumerate(right) if not said]
-        self._starts = {}
-        if self._searches():
-            found = self._search([requests[i] for i in wrong])
-            self._starts = dict(zip((requests[i].id for i in wrong), found, strict=True))
-        else:
-            self._starts = {r.id: (self._first(output), {}) for r, output in zip(requests, outputs, strict=True)}
+        found = self._search([requests[i] for i in wrong], [items[i] for i in wrong])
+        self._starts = dict(zip((requests[i].id for i in wrong), found, strict=True))
 
-    def edit(self, request: EditRequest, item: Row) -> tuple[CodebookEntry | None, dict[str, Any]]:
+    def edit(self, request: EditRequest, item: Item) -> tuple[CodebookEntry | None, dict[str, Any]]:
         """Take one request: its entry, None if the model says it already, and its report."""
         if self.config.skip and self.says([item])[0]:
             return None, {"outcome": "already"}
         if request.id not in self._starts:  # it was right before an edit of this batch came in its way
-            self._starts[request.id] = self._search([request])[0]
+            self._starts[request.id] = self._search([request], [item])[0]
+        label = wanted(self.model, item)[1]
         key, (value, notes) = self._keys[request.id], self._starts[request.id]
         radius = float(REACH * torch.linalg.vector_norm(key)) if self.config.radius is None else self.config.radius
-        done = self.book.insert(key, value, radius, item.targets, request.id)
+        done = self.book.insert(key, value, radius, label, request.id)
         kept = done.outcome in ("cover", "expand")  # the value is its entry's, trained for an earlier edit
-        if not notes or kept:
+        if kept or (
+            self.config.stop > 0 and not self.says([item])[0]
+        ):  # or what answers its other tokens is in the way
             notes = self._train(item, done.entry)
         own = CodebookEntry(
             request.id,
             key,
             self.book.values[done.entry].clone(),
             radius,
-            item.targets,
+            label,
             self.place,
             self.book.rules,
         )
@@ -258,10 +288,10 @@ class _Stream:
 
     # -- keys and values ---------------------------------------------------------------------------------------------
 
-    def _column(self, item: Row) -> int:
-        return item.at if self.config.key == "subject" else item.reads[0]
+    def _column(self, item: Item) -> int:
+        return column_of(self.model, self.place.layer, item, self._key)
 
-    def _read(self, items: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    def _read(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
         """Keys (n, a) and the map's own outputs (n, b) where the items ask; the book bears on neither, it acts behind them."""
         at = torch.tensor([self._column(item) for item in items])
         with self._base(), Capture(self.model, [self._path], of="input") as x, Capture(self.model, [self._path]) as y:
@@ -272,26 +302,66 @@ class _Stream:
         )
         return keys, outputs
 
-    def _searches(self) -> bool:
-        """Whether the shared value search finds the values: warm ones at the MLP's output, where one token is replaced."""
-        plain = self.config.start == "warm" and self.config.training == "gradient" and self.config.stop > 0
-        return plain and self.place.site == "mlp_out" and self.place.replace in ("each", "last")
-
-    def _search(self, requests: Sequence[EditRequest]) -> list[tuple[Tensor, dict[str, Any]]]:
+    def _search(self, requests: Sequence[EditRequest], items: Sequence[Item]) -> list[tuple[Tensor, dict[str, Any]]]:
         """(value, notes for the report) for each request, searched as one batch on the unedited model."""
         if not requests:
             return []
-        config, about = self.config, self.config.key == "subject"
+        config, place = self.config, self.place
+        plain = config.start == "warm" and config.training == "gradient" and config.stop > 0
+        at_output = place.site in ("mlp", "mlp_out") and place.replace in ("each", "last")
+        if not plain or not at_output or anatomy(self.model).role != "decoder" or isinstance(place.layer, str):
+            return self._descend(requests, items)
+        about = config.key == "subject"
         jobs = [
             ValueJob(r.prompt if about else r.text, r.target_new + config.ending, r.subject if about else None)
             for r in requests
         ]
         terms: list[Term] = [NLL()]
         terms += [NormPenalty(config.norm, counts=False)] if config.norm else []
-        search = ValueSearchConfig(self.place.layer, "mlp", config.steps, config.lr, None, config.stop)
+        search = ValueSearchConfig(place.layer, "mlp", config.steps, config.lr, None, config.stop)
         with self._base():
             found = search_values(self.model, self.tokenizer, jobs, search, terms)
         return [(found.value[i], entry(found, i)) for i in range(len(jobs))]
+
+    def _descend(self, requests: Sequence[EditRequest], items: Sequence[Item]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """The same on any model, at any map and in any mode: a value each in one batch, and out of it once `stop` is reached."""
+        config, device = self.config, input_device(self.model)
+        starts = torch.stack([self._first(self._outputs[r.id]) for r in requests]).to(device)
+        leaf, done = starts.clone().requires_grad_(), starts.clone()
+        optimiser = torch.optim.Adam([leaf], config.lr)
+        left, curves = list(range(len(items))), [list[float]() for _ in items]
+        try:
+            for _ in range(config.steps):
+                self._running = [items[i] for i in left]
+                with torch.enable_grad():
+                    losses, total = self._losses(leaf, starts, left)
+                for i, loss in zip(left, losses.detach().tolist(), strict=True):
+                    curves[i].append(round(loss, 4))
+                left = [i for i in left if curves[i][-1] >= config.stop]
+                if not left or not total.requires_grad:
+                    break
+                (leaf.grad,) = torch.autograd.grad(total, [leaf])
+                optimiser.step()
+                done[left] = leaf.detach()[left]
+        finally:
+            self._own = None
+        return [
+            (value, {"curve": curve, "steps": len(curve), "stopped": curve[-1] < config.stop})
+            for value, curve in zip(done.cpu(), curves, strict=True)
+        ]
+
+    def _losses(self, leaf: Tensor, starts: Tensor, left: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(k,) losses of the items that are left under their values, and what is to be descended."""
+        config, own = self.config, leaf[left]
+        if config.training == "perturbed":
+            noise = torch.randn(own.shape, generator=self.generator, dtype=own.dtype) * config.noise
+            own = own + noise.to(own.device)
+        self._own = own
+        losses = losses_of(self.model, self._running)
+        if not config.norm:
+            return losses, losses.sum()
+        away = (own - starts[left]).square().sum(-1) / starts[left].square().sum(-1)
+        return losses, losses.sum() + config.norm * away.sum()
 
     def _first(self, output: Tensor) -> Tensor:
         """Where a value starts that is not searched: (b,)."""
@@ -299,7 +369,7 @@ class _Stream:
             return output
         return torch.rand(len(output), generator=self.generator, dtype=output.dtype)
 
-    def _train(self, item: Row, at: int) -> dict[str, Any]:
+    def _train(self, item: Item, at: int) -> dict[str, Any]:
         """Train an entry's value on one item through the model with the book; notes for the report."""
         config, curve = self.config, list[float]()
         leaf = self.book.values[at].clone().requires_grad_()

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from errata.context import Context
 from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
-from errata.editors._scope import Scope, gate_named
+from errata.editors._scope import Scope, context_part, gate_named
 from errata.errors import ConfigError
 from errata.model.fingerprint import base_of
 from errata.patch import Patch
@@ -46,6 +45,10 @@ class ICL(Editor[ICLConfig]):
 
     method = "icl"
     summary = 'the new fact told before the prompt, "Imagine that ...", behind a scope test (Cohen et al. 2023)'
+    place = "external memory"
+    how = "direct"
+    scoped = True
+    supports = ("decoder", "encoder-decoder")
     Config = ICLConfig
     presets = {"paper": {"gate": "none"}}
 
@@ -67,15 +70,7 @@ class ICL(Editor[ICLConfig]):
             for number, request in enumerate(requests, 1):
                 text = contexts.imagined(f"{request.text} {request.target_new}")
                 note: dict[str, Any] = {"context": text}
-                part = Context(request.id, request.key, text)
-                if scope:
-                    given = list(dict.fromkeys((*request.fit_prompts, request.text)))
-                    prompts = contexts.lead_ins(given, config.prompts, seed)
-                    points = scope.points([request.text, *prompts])
-                    centre, radius = scope.ball(request, points[1:], points[0], False, note)
-                    part = Context(request.id, request.key, text, gate, centre, float(radius))
-                    note["prompts"] = len(prompts)
-                parts.append(part)
+                parts.append(context_part(request, text, scope, config.prompts, seed, note))
                 report[request.id] = note
                 if progress:
                     progress(number, len(requests))

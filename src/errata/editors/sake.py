@@ -135,6 +135,9 @@ class SAKE(Editor[SAKEConfig]):
 
     method = "sake"
     summary = "optimal-transport steering of the last hidden state behind a scope test (Scialanga et al. 2025)"
+    place = "external memory"
+    how = "direct"
+    scoped = True
     Config = SAKEConfig
     presets = {
         "paper-gpt2-xl-counterfact": PAPER | {"radius": 6.75},

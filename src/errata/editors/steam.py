@@ -84,6 +84,8 @@ class STEAM(Editor[STEAMConfig]):
 
     method = "steam"
     summary = "ROME or MEMIT, pulled to where the model keeps the new object (Jeong et al. 2025)"
+    place = "local modification"
+    how = "optimised"
     needs_subject = True
     Config = STEAMConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = steam_presets()

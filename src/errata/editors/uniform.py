@@ -21,5 +21,8 @@ class Uniform(SAKE):
 
     method = "uniform"
     summary = "shift of the last hidden state by the difference of means, behind SAKE's scope test"
+    place = "external memory"
+    how = "direct"
+    scoped = True
     Config = UniformConfig
     presets = {name: {**settings, "map": "uniform"} for name, settings in SAKE.presets.items()}

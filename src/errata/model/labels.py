@@ -18,8 +18,13 @@ def label_names(model: Any) -> list[str]:
 
 
 def label_id(model: Any, name: str) -> int:
-    """The id of a label. Raises RequestError naming the labels that there are."""
+    """The id of a label, by its name or its number ("7", as data sets with numbered classes have it).
+
+    Raises RequestError naming the labels that there are.
+    """
     names = label_names(model)
+    if name not in names and name.isdecimal() and int(name) < len(names):
+        return int(name)
     if name not in names:
         raise RequestError(
             f"expected a label of this classifier ({', '.join(names)}), found {name!r}; spell it as there."

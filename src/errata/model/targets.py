@@ -36,7 +36,8 @@ class Supervised:
         """(n,) nats: the mean over each target's tokens of their negative log-likelihood; differentiable."""
         labels = self.labels if self.labels.ndim == 2 else self.labels[:, None]
         scores = logits if logits.ndim == 3 else logits[:, None]
-        losses = nn.functional.cross_entropy(scores.float().mT, labels, reduction="none", ignore_index=IGNORED)
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        losses = nn.functional.cross_entropy(wide.mT, labels, reduction="none", ignore_index=IGNORED)
         return losses.sum(1) / (labels != IGNORED).sum(1)
 
     def said(self, logits: Tensor) -> Tensor:

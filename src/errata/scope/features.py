@@ -36,7 +36,7 @@ def features(
         ids = token_ids(tokenizer, texts[start : start + CHUNK])
         check_room(model, ids, texts[start : start + CHUNK])
         whole = every or pooling == "mean"
-        places = [list(range(len(i))) if whole else [len(i) + token] for i in ids]
+        places = [list(range(len(i))) if whole else [token] for i in ids]
         found = states_at(model, ids, places, list(layers))
         for row in range(len(ids)):
             x = torch.cat([found[site][row].float().cpu() for site in layers], -1)

@@ -17,10 +17,12 @@ from typing import Any, Literal
 from errata.bench.cases import Case
 from errata.bench.data import faults
 from errata.bench.data.counterfact import counterfact_case, read_counterfact, read_multi_counterfact
+from errata.bench.data.kilt import FEVER_LABELS, claim_case, read_kilt
 from errata.bench.data.knowedit import knowedit_case, read_knowedit
 from errata.bench.data.known import known_facts
 from errata.bench.data.records import Numbered, Problem, made, read_records, read_rows, settle
 from errata.bench.data.ripple import RippleRecord, ripple_case
+from errata.bench.data.scotus import read_scotus, scotus_case
 from errata.bench.data.snippets import load_snippets, references
 from errata.bench.data.zsre import read_zsre, zsre_case
 from errata.edit import conflicts
@@ -30,16 +32,19 @@ from errata.locate.facts import KnownFact
 from errata.model.statistics_files import cache_directory
 
 Flagged = Literal["keep", "drop"]
-Layout = Literal["counterfact", "multi-counterfact", "ripple", "zsre", "knowedit", "known", "atlas"]
+Layout = Literal["counterfact", "multi-counterfact", "ripple", "zsre", "fever", "scotus", "knowedit", "known", "atlas"]
 
 _READERS: dict[Layout, Callable[[Path, list[Problem]], Numbered[Any]]] = {
     "counterfact": read_counterfact,
     "multi-counterfact": read_multi_counterfact,
     "ripple": lambda path, problems: read_records(path, RippleRecord, problems),
     "zsre": read_zsre,
+    "fever": read_kilt,
+    "scotus": read_scotus,
     "knowedit": read_knowedit,
 }
 _ROME = "the data page of the ROME project (rome.baulab.info/data/dsets)"
+_KE = "the data page of the KnowledgeEditor project (nicola-decao/KnowledgeEditor)"
 _RIPPLE = "data/benchmark of the authors' repository edenbiran/RippleEdits (Git LFS)"
 
 
@@ -130,6 +135,24 @@ _ALL = (
         None,
         {"target": ("counterfactual", "correction")},
     ),
+    Dataset(
+        "fever",
+        "claims to turn round, KILT's layout with rephrases",
+        "Thorne et al. 2018; De Cao et al. 2021",
+        "fever",
+        {"test": "fever-dev-kilt.jsonl", "train": "fever-train-kilt.jsonl"},
+        _KE,
+        10_444,
+    ),
+    Dataset(
+        "scotus",
+        "opinions by area, whose definitions shift: a stream of edits",
+        "Chalkidis et al. 2022; Hartvigsen et al. 2023",
+        "scotus",
+        {"test": "scotus_test.jsonl", "train": "scotus_train.jsonl"},
+        "the splits of GRACE's SCOTUS data (Thartvigsen/GRACE), each written as JSONL with text and label",
+        931,
+    ),
     Dataset("known-1000", "facts to trace, no edits", "Meng et al. 2022", "known", "known_1000.json", _ROME, 1209),
     _knowedit(
         "recent",
@@ -170,6 +193,11 @@ _ALL = (
         "made from Atlas",
         "atlas",
         options={"implications": ("all", "half", "none")},
+    ),
+    Dataset("atlas-fever", "claims about Atlas to turn round, in FEVER's schema", "made from Atlas", "atlas"),
+    Dataset("atlas-zsre", "questions about Atlas with rephrases, in zsRE's schema", "made from Atlas", "atlas"),
+    Dataset(
+        "atlas-docket", "invented cases by area, whose definitions shift: a stream of edits", "made from Atlas", "atlas"
     ),
     Dataset("atlas-updates", "what has changed since 2016, judged both ways", "made from Atlas", "atlas"),
     Dataset("atlas-known", "facts of Atlas to trace, no edits", "made from Atlas", "atlas"),
@@ -339,16 +367,20 @@ def layout_of(path: Path) -> Layout:
         ("ripple", {"edit"}),
         ("zsre", {"src", "answers"}),
         ("zsre", {"input", "output"}),
+        ("scotus", {"text", "label"}),
         ("knowedit", {"concept", "labels"}),
         ("knowedit", {"prompt", "target_new"}),
         ("known", {"prompt", "attribute"}),
     )
     for layout, fields in marks:
         if fields <= set(first):
-            return layout
+            answered = isinstance(first.get("output"), list) and any(
+                isinstance(one, dict) and one.get("answer") in FEVER_LABELS for one in first["output"]
+            )
+            return "fever" if answered else layout
     found = ", ".join(first) or "no fields"
     raise RecordError(
-        f"expected rows of CounterFact, RippleEdits, zsRE, KnowEdit or known_1000 in {path}, found {found}."
+        f"expected rows of CounterFact, RippleEdits, zsRE, FEVER, SCOTUS, KnowEdit or known_1000 in {path}, found {found}."
     )
 
 
@@ -385,10 +417,14 @@ def _cases(
 def _maker(dataset: Dataset, seed: int, options: Mapping[str, Any]) -> Callable[[Any], Case]:
     if dataset.layout == "zsre":
         return partial(zsre_case, seed=seed, **options)
-    if dataset.layout == "knowedit":
-        return knowedit_case
-    if dataset.layout == "ripple":
-        return ripple_case
+    plain: dict[Layout, Callable[[Any], Case]] = {
+        "knowedit": knowedit_case,
+        "fever": claim_case,
+        "scotus": scotus_case,
+        "ripple": ripple_case,
+    }
+    if dataset.layout in plain:
+        return plain[dataset.layout]
     snippets = options.get("snippets")
     return partial(counterfact_case, references=references(load_snippets(snippets)) if snippets else None)
 
