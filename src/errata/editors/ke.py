@@ -105,8 +105,9 @@ class KEConfig(HyperConfig):
                 "expected gate 'mean' or 'sum', objective 'lagrangian' or 'penalty', variant 'kl', 'lp' or 'both', lp 'mean' or "
                 f"'all', optimizer 'rmsprop' or 'adam' and loop_stop 'prompt' or 'rephrase', found {self}"
             )
-        sizes = (self.hidden, self.condition, self.bottleneck, self.margin_kl, self.margin_lp)
-        sizes += (self.margin_kl_min, self.margin_lp_min)
+        sizes = (
+            self.hidden, self.condition, self.bottleneck, self.margin_kl, self.margin_lp, self.margin_kl_min, self.margin_lp_min,
+        )  # fmt: skip
         positive = (self.tokens, self.scale, self.loop, self.multiplier_lr, *(v for v in sizes if v is not None))
         if (
             min(positive) <= 0
@@ -243,7 +244,8 @@ class Hypernetwork(nn.Module):
     def begin(self, step: float) -> None:
         """Count the gradient in units of `step`, and begin with the update -step grad W, but for the heads' noise."""
         self.unit.fill_(step)
-        for m, head in zip(self.maps, self.heads, strict=True):
+        heads: Any = self.heads
+        for m, head in zip(self.maps, heads, strict=True):
             head[-1].bias[: m.d_in] -= 2 / self.config.scale  # sigma(eta) is a half
 
     def read(self, tokenizer: Any, texts: Sequence[str]) -> Tensor:
