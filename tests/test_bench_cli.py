@@ -32,7 +32,7 @@ def test_what_there_is_and_what_there_is_not(tmp_path: Path) -> None:
     wrong = bench("sake-counterfact", "--model", "atlas", "--out", tmp_path / "a", "--methods", "sake,rone")
     assert wrong.exit_code == 2 and "no method 'rone'" in wrong.stderr and "did you mean rome" in wrong.stderr
     wrong = bench("sake-counterfact", "--model", "atlas", "--out", tmp_path / "a", "--address", "x")
-    assert wrong.exit_code == 2 and "--engine ray" in wrong.stderr
+    assert wrong.exit_code == 2 and "--address belongs to --engine ray" in wrong.stderr
     assert bench("resume", tmp_path).exit_code == 2 and not (tmp_path / "a").exists()
 
 

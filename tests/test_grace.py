@@ -32,7 +32,7 @@ AGAIN = FRANCE.model_copy(update={"target_new": "São"})
 
 
 def key_at(model: Any, tokenizer: Any, request: EditRequest, layer: int = 0) -> torch.Tensor:
-    path = anatomy(model).mlp_out[layer]
+    path = anatomy(model).mlp_out[layer].rsplit(".", 1)[0]  # what enters the MLP
     with torch.no_grad(), Capture(model, [path], of="input") as seen:
         model(input_ids=torch.tensor([tokenizer(request.text)["input_ids"]]), use_cache=False)
     return seen[path].reshape(-1, seen[path].shape[-1])[-1]

@@ -1,6 +1,7 @@
 """Metrics: each against numbers worked out by hand; the golden run; tables in every form."""
 
 import json
+import re
 from io import StringIO
 from math import log, log2, sqrt
 from pathlib import Path
@@ -500,7 +501,7 @@ def test_a_table_renders_and_escapes() -> None:
         "|---|---:|---:|",
         r"| s&\| | 50.0 [25.0, 75.0] | - |",
         "| t | - | 12.5 |",
-        "| other | - | 1 |",
+        "| other | - | 1.0 |",
     ]
     page = table.html()
     assert "A &lt;b&gt;" in page and "s&amp;|" in page and "note &lt;i&gt;" in page and "p: &lt;all&gt;" in page
@@ -514,6 +515,42 @@ def test_a_table_renders_and_escapes() -> None:
     assert "50.0" in shown and "[25.0, 75.0]" in shown and "note <i>" in shown
     with pytest.raises(ShapeError, match="expected 2 cells"):
         Table("A", ["method", "x"], [["s"]])
+    with pytest.raises(ShapeError, match="two rows of 'A' have the label 's'"):
+        Table("A", ["method", "x"], [["s", 1], ["s", 2]])
+
+
+def test_a_table_fits_the_terminal_and_puts_published_numbers_below() -> None:
+    """At any width no line is longer, no word is folded letter by letter, and every number is there once."""
+    letters = ("CI", "CII", "SA", "RS")
+
+    def rate(value: float) -> Rate:
+        return Rate(value, value - 0.05, value + 0.05, 150, "p", "bootstrap over cases")
+
+    ours = [["unedited", *[rate(0.1)] * 4, *[None] * 4], ["sake", *[rate(0.875)] * 4, *[rate(0.625)] * 4]]
+    theirs = {
+        model: {{"SAKE": "sake"}.get(name, name): own for name, own in numbers.items()}
+        for model, numbers in PUBLISHED["sake-ripple"].items()
+    }
+    beside = {f"{one} (SAKE's protocol)": ("SAKE's protocol", one) for one in letters}
+    table = Table("RippleEdits", ["method", *letters, *beside], ours, "", theirs, beside)
+    for width in (60, 80, 110, 140, 300):
+        console = Console(width=width, record=True, file=StringIO())
+        console.print(table.rich(width))
+        lines = console.export_text().splitlines()
+        assert max(map(len, lines)) <= width
+        text = "\n".join(lines)
+        assert text.count("87.5") == 4 and text.count("[57.5, 67.5]") == 4 and text.count("54.59") == 1
+        assert "Uniform steering" in text and "Llama-2-7b" in text and "SAKE's protocol" in text
+    assert "47.72" in table.markdown() and table.markdown().count("87.5 [82.5, 92.5]") == 4
+    assert table.markdown().count("*published") == 1 and "| CI (GPT2-XL) |" in table.markdown()
+    heads = re.findall(r'<th scope="colgroup" colspan="(\d)">([^<]*)</th>', table.html())
+    assert heads == [
+        ("4", ""),
+        ("4", "SAKE&#x27;s protocol"),
+        ("4", "published, GPT2-XL"),
+        ("4", "published, Llama-2-7b"),
+    ]
+    assert table.csv().splitlines()[0].startswith("method,CI,CI low,CI high,CI n,CII")
 
 
 def test_the_glossary_names_metrics_that_are_there() -> None:

@@ -86,6 +86,22 @@ def test_cases_of_atlas_have_ids_of_their_own_and_probes(name: str, atlas: Any) 
     assert cases == get_preset(name).cases(context)
 
 
+def test_presets_of_one_paper_edit_the_same_facts_so_that_fits_are_shared(atlas: Any) -> None:
+    """The radar chart's edits are the first ones of the two tables', with the very same requests; so are lifelong's."""
+    context = Context("atlas", *atlas)
+    ripple = get_preset("sake-ripple").cases(context)
+    first = get_preset("sake-counterfact").cases(context)
+    spider = get_preset("sake-spider").cases(context)
+    assert {c.request.id for c in spider} <= {c.request.id for c in (*first[:40], *ripple[:40])}
+    assert [c.request.id for c in lifelong.cases(context)][:150] == [c.request.id for c in first]
+    tests: dict[tuple[str, str], set[Any]] = {}
+    for one in ripple:
+        for probe in one.probes:
+            if not probe.condition and "stratum" in probe.tags:
+                tests.setdefault((probe.kind, probe.tags["stratum"]), set()).add((one.id, probe.test))
+    assert len(tests) == 4 and min(map(len, tests.values())) >= 100
+
+
 def test_unknown_preset_is_refused_with_near_names() -> None:
     with pytest.raises(ConfigError, match="sake-counterfact"):
         get_preset("sake-counterfac")
@@ -249,6 +265,39 @@ def probe_row(method: str, case: str, probe: int, kind: str, passed: bool, dista
         "p_alternative_first": None, "token_accuracy": None, "gate": None if distance is None else case, "distance": distance,
         "own_distance": distance, "passed": passed,
     }  # fmt: skip
+
+
+def test_accumulated_edits_have_a_line_for_each_method_and_checkpoint_in_the_order_of_the_run(tmp_path: Path) -> None:
+    rows = []
+    for method, edits in (("unedited", 0), ("sake", 1), ("sake", 2), ("rome", 1), ("rome", 2)):
+        known = method == "unedited"
+        for position in (1, 2) if known else range(1, edits + 1):
+            # ROME loses its first edit with the second, and changes one of two other facts with it.
+            holds = method == "sake" or (method == "rome" and position == edits)
+            for probe, kind, passed in ((0, "edit", holds), (1, "paraphrase", holds), (2, "neighborhood", True)):
+                line = probe_row(method, str(position), probe, kind, passed, None)
+                rows.append(line | {"edits": edits, "tags": {} if known else {"position": str(position)}})
+        for probe in (0, 1):
+            line = probe_row(method, "", probe, "fact", True, None) | {"edits": edits, "expected": ("green",)}
+            rows.append(line | {"generated": " red." if method == "rome" and edits == 2 and probe else " green."})
+    for line in rows:
+        line["setting"] = "single" if line["method"] == "unedited" else "sequential"
+    frame = pd.DataFrame(rows)
+    table, _ = lifelong.tables(frame, tmp_path)
+    values = {line[0]: [cell if cell is None else round(cell.value, 3) for cell in line[1:]] for line in table.rows}
+    assert list(table.columns)[1:] == [
+        "first 100 edits", "last 100 edits", "paraphrases", "neighbours kept", "other facts changed"
+    ]  # fmt: skip
+    assert values == {
+        "unedited, all edits' probes": [0.0, None, 0.0, 1.0, 0.0],
+        "sake, 1 edits": [1.0, 1.0, 1.0, 1.0, 0.0],
+        "sake, 2 edits": [1.0, 1.0, 1.0, 1.0, 0.0],
+        "rome, 1 edits": [1.0, 1.0, 1.0, 1.0, 0.0],
+        "rome, 2 edits": [0.5, 0.5, 0.5, 1.0, 0.5],
+    }
+    assert list(values)[1:3] == ["sake, 1 edits", "sake, 2 edits"] and "all 2 that none" in table.note
+    [(path, _)] = lifelong.figures(frame, tmp_path)
+    assert path.stat().st_size > 10_000
 
 
 def test_threshold_curves_are_the_open_model_within_and_the_unedited_one_without(tmp_path: Path) -> None:

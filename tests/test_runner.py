@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from conftest import tiny_model
 from errata.bench.cases import Case, Probe
 from errata.bench.preset import Context, Method, Preset
 from errata.bench.rows import read_fits, read_rows
-from errata.bench.runner import Plan, Progress, methods_of, plan_jobs, run
+from errata.bench.runner import Plan, Progress, _as_here, _Pace, methods_of, plan_jobs, run
 from errata.bench.store import PatchCache, RunDirectory, difference, file_names
 from errata.bench.worker import Given, Job, Outcome, Worker
 from errata.edit import EditRequest
@@ -126,6 +127,55 @@ def test_jobs_are_fixed_by_methods_cases_and_shards() -> None:
     )  # fmt: skip
 
 
+def test_fits_that_do_not_bear_on_each_other_are_spread_and_a_method_may_have_fewer_cases() -> None:
+    apart = Method("sake", "sake", "sequential", changes=STEER, apart=True)
+    jobs = plan_jobs([apart, replace(ROME_ALONE, most=3), replace(MEMIT, most=1)], 7, 0, (1, 5), shard=2)
+    fits = {job.name: job.span for job in jobs if job.kind == "fit"}
+    assert fits == {
+        "sake-fit-00001": (0, 1),
+        "sake-fit-00002": (1, 2),
+        "sake-fit-00004": (2, 4),
+        "sake-fit-00005": (4, 5),
+        "sake-fit-00006": (5, 6),
+        "sake-fit-00007": (6, 7),
+        "memit-fit-0000": (0, 1),
+    }
+    needs = {job.name: job.needs for job in jobs}
+    assert needs["sake-fit-00004"] == ()
+    assert needs["sake-00005-0002"] == ("unedited-0002", *list(fits)[:4])
+    assert [job.span for job in jobs if job.method == "rome"] == [(0, 2), (2, 3), (0, 3)]
+    assert [(job.span, job.edits) for job in jobs if job.method == "memit"] == [((0, 1), 0), ((0, 1), 1), ((0, 1), 1)]
+
+
+def test_atlas_sizes_are_for_atlas_and_its_own_number_of_cases(place: Path) -> None:
+    few = replace(ROME_ALONE, most=2)
+    model, _ = load(place / "model")
+    plan = Plan(preset(few), "atlas", (few,))
+    assert _as_here(few, plan, model).most == 2
+    for other in (
+        replace(plan, n=5),
+        replace(plan, data="counterfact"),
+        replace(plan, model_name=str(place / "model")),
+    ):
+        assert _as_here(few, other, model).most is None
+
+
+def test_the_time_that_is_left_goes_by_cases_and_not_by_jobs() -> None:
+    pace = _Pace()
+    chains = [
+        Job("a", "chain", "rome", (0, 10)),
+        Job("b", "chain", "rome", (10, 1000)),
+        Job("c", "speed", "rome", (0, 1000)),
+    ]
+    asked = Job("d", "ask", "unedited", (0, 16))
+    pace.note(asked, Outcome(seconds=8.0))
+    assert pace.left(chains, 1) is None  # asking says nothing of fits
+    pace.note(chains[0], Outcome(seconds=5.0))
+    assert pace.left(chains[1:], 1) == pytest.approx(495.0)
+    other = Job("e", "single", "memit", (0, 20))
+    assert pace.left([chains[1], other, asked], 2) == pytest.approx((495.0 + 10.0 + 8.0) / 2)
+
+
 def test_file_names_are_told_apart() -> None:
     assert file_names(["SAKE (paper)", "SAKE paper", "rome", "unedited", "../x"]) == {
         "SAKE (paper)": "SAKE_paper", "SAKE paper": "SAKE_paper_", "rome": "rome", "unedited": "unedited_", "../x": "x",
@@ -172,7 +222,7 @@ def test_single_edits_are_fitted_asked_and_counted(place: Path) -> None:
     assert list(of_rome["failed"]) == ["Dome"] and of_rome["fits"] == 4 and of_rome["bytes_per_edit"] == 640
     assert of_rome["seconds_per_fit"] == pytest.approx(fits["seconds"].mean()) and 0 < of_rome["speed"] < 10
     assert [(p.done, p.total) for p in seen] == [(i, 8) for i in range(1, 9)]
-    assert seen[-1].left == 0 and all(p.left is not None for p in seen)
+    assert seen[-1].left == 0 and seen[0].left is None  # nothing was fitted yet
 
 
 def test_all_edits_at_once_by_a_joint_and_by_a_steering_method(place: Path) -> None:

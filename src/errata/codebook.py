@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from errata.errors import ConfigError
+from errata.errors import AnatomyError, ConfigError
 from errata.low_rank import map_path
 from errata.maths.codebook import Codebook, Rules
 from errata.model.anatomy import Anatomy, Site
@@ -49,7 +49,21 @@ class Place:
 
     def path(self, parts: Anatomy) -> str:
         """The module's path in a model with these parts. Raises AnatomyError if the model has no such layer or map."""
-        return map_path(parts, self.layer, self.site)
+        if self.site != "mlp":
+            return map_path(parts, self.layer, self.site)
+        found = mlp_of(parts, self.layer)
+        if found is None:
+            raise AnatomyError(
+                f"expected an MLP in a module of its own, found none in this {parts.family!r} model; take 'mlp_in'."
+            )
+        return found
+
+
+def mlp_of(parts: Anatomy, layer: Site) -> str | None:
+    """The path of a block's MLP; None where its maps stand in the block itself or in modules of their own (OPT, BERT)."""
+    block, (first, last) = parts.site(layer), (map_path(parts, layer, site) for site in ("mlp_in", "mlp_out"))
+    parent = last.rsplit(".", 1)[0]
+    return parent if parent != block and first.startswith(f"{parent}.") else None
 
 
 @dataclass(frozen=True, eq=False)

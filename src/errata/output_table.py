@@ -192,7 +192,7 @@ class OutputTable(Suspendable):
             path = part.place.path(known)
             if (path, part.width) not in checked:
                 module = base_layer(submodule(self.model, path))
-                here = sizes(module)
+                here = (known.d_model, known.d_model) if part.place.site == "mlp" else sizes(module)
                 if here is None:
                     raise AnatomyError(f"expected a linear map at {path!r}, found a {type(module).__name__}.")
                 if here != part.width:

@@ -1,12 +1,17 @@
-"""Engines: who does a run's jobs. `local` is this process; `ray` spreads them over a Ray cluster, one model per worker.
+"""Engines: who does a run's jobs. `local` is this process, or processes of this machine; `ray` spreads them over a Ray cluster.
 
-Jobs are fixed by the run, so both give the same texts and decisions, and floats that differ by rounding only. The driver writes
+Jobs are fixed by the run, so all give the same texts and decisions, and floats that differ by rounding only. The driver writes
 all results; a Ray worker that dies takes no result with it, and its job is given to another.
 """
 
+import multiprocessing
+import pickle
+import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +23,7 @@ from errata.errors import ConfigError
 from errata.patch import Patch
 
 LIVES = 3  # workers that may die over one job before the job is held to kill them
+REACH = 5.0  # seconds in which a cluster has to answer
 
 
 @dataclass(frozen=True)
@@ -33,13 +39,18 @@ class WorkerPlan:
     seed: int
     cache: str | Path | bool | None
 
-    def worker(self) -> Worker:
-        """Load the model and make the worker."""
+    def model(self) -> tuple[Any, Any]:
+        """The model and its tokenizer, loaded."""
         from errata.model.loading import load
 
-        model, tokenizer = load(self.model_name, dtype=self.dtype, device_map=self.device_map)
+        return load(self.model_name, dtype=self.dtype, device_map=self.device_map)
+
+    def worker(self, model: Any, tokenizer: Any, answers: dict[Any, dict[str, Any]] | None = None) -> Worker:
+        """A worker with this model."""
         cache = PatchCache(model, tokenizer, self.cache)
-        return Worker(model, tokenizer, self.cases, self.world, self.methods, seed=self.seed, cache=cache)
+        return Worker(
+            model, tokenizer, self.cases, self.world, self.methods, seed=self.seed, cache=cache, answers=answers
+        )
 
 
 Give = Callable[[Job], Given]
@@ -57,6 +68,10 @@ class Engine(Protocol):
     def workers(self) -> int:
         """How many jobs are under way at once."""
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether other processes do the jobs, so that this one's model is free."""
+
     def run(self, jobs: Sequence[Job], give: Give, take: Take, plan: WorkerPlan, local: Worker) -> None:
         """Do every job, each after those that it needs (what `jobs` lacks is done), and hand each outcome to `take`."""
 
@@ -67,11 +82,157 @@ class LocalEngine:
 
     name: str = "local"
     workers: int = 1
+    elsewhere: bool = False
 
     def run(self, jobs: Sequence[Job], give: Give, take: Take, plan: WorkerPlan, local: Worker) -> None:
         """Do every job in order."""
         for job in jobs:
             take(job, local.do(job, give(job)))
+
+
+class ProcessEngine:
+    """Processes on this machine, each with a model of its own; they stay for further runs until `close`, or the block's end.
+
+    count: processes; threads: torch threads of each. A small model gains little from threads and nearly all from processes.
+    What goes through the pipes is pickled, as between processes of one program; nothing of it is kept.
+    """
+
+    name = "local"
+    elsewhere = True
+
+    def __init__(self, count: int, threads: int = 1):
+        self.workers, self._threads = count, threads
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+
+    def __enter__(self) -> "ProcessEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.terminate()
+            process.join()
+        self._pipes, self._processes = [], []
+
+    def run(self, jobs: Sequence[Job], give: Give, take: Take, plan: WorkerPlan, local: Worker) -> None:
+        """Do every job; those whose needs are done, in order, in whichever process is free.
+
+        Raises what a job raises, and ConfigError for a process that dies.
+        """
+        if not jobs:
+            return
+        self._start()
+        for pipe in self._pipes:
+            _send(pipe, plan)
+        # What takes longest in one piece goes first: edits that follow one another, and writes of many at once.
+        waiting = sorted(jobs, key=lambda job: job.span[0] - job.span[1] if job.kind in ("fit", "chain") else 0)
+        open_ = {job.name for job in jobs}
+        fits = {job.name for job in jobs if job.kind in ("fit", "chain")}
+        held: dict[Connection, set[str]] = {pipe: set() for pipe in self._pipes}  # fits whose patches a process has
+        patches: dict[str, Sequence[Patch]] = {}
+        busy: dict[Connection, Job] = {}
+        try:
+            while open_:
+                free = [pipe for pipe in self._pipes if pipe not in busy]
+                for job in [job for job in waiting if not open_ & set(job.needs)][: len(free)]:
+                    waiting.remove(job)
+                    needs = [name for name in job.needs if name in fits]
+                    pipe = max(free, key=lambda one: len(held[one] & set(needs)))
+                    free.remove(pipe)
+                    lacking = {name: patches[name] for name in needs if name not in held[pipe]}
+                    _send(pipe, (job, give(job).unedited, needs, lacking))
+                    held[pipe] |= set(needs)
+                    busy[pipe] = job
+                for pipe in wait(list(busy)):
+                    assert isinstance(pipe, Connection)
+                    job = busy[pipe]
+                    outcome = _received(pipe, job)
+                    del busy[pipe]
+                    if job.name in fits:
+                        patches[job.name] = outcome.patches
+                        held[pipe].add(job.name)
+                    open_.discard(job.name)
+                    take(job, outcome)
+        except BaseException:  # what they are at is nobody's any more
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        made = multiprocessing.get_context("spawn")
+        while len(self._processes) < self.workers:
+            ours, theirs = made.Pipe()
+            process = made.Process(target=_serve, args=(theirs, self._threads), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+
+def _send(pipe: Connection, value: Any) -> None:
+    pipe.send_bytes(pickle.dumps(value, protocol=5))  # a gate that patches share goes once
+
+
+def _received(pipe: Connection, job: Job) -> Outcome:
+    try:
+        found = pickle.loads(pipe.recv_bytes())
+    except (EOFError, ConnectionError):
+        raise ConfigError(
+            f"a process of this run died over the unit {job.name} (out of memory?); finished units are kept: resume with fewer "
+            "--workers"
+        ) from None
+    if isinstance(found, BaseException):
+        raise found
+    assert isinstance(found, Outcome)
+    return found
+
+
+def _serve(pipe: Connection, threads: int) -> None:
+    """A process of `ProcessEngine`: a plan, then its jobs, until the next plan or the end of the pipe."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which ends this process
+    torch.set_num_threads(threads)
+    loaded: tuple[Any, Any, Any] = (None, None, None)
+    answers: dict[Any, dict[str, Any]] = {}
+    worker: Worker | None = None
+    patches: dict[str, Sequence[Patch]] = {}
+    while True:
+        try:
+            found = pickle.loads(pipe.recv_bytes())
+        except (EOFError, ConnectionError):
+            return
+        if isinstance(found, WorkerPlan):
+            if worker is not None:
+                worker.close()
+            patches = {}
+            which = (found.model_name, found.dtype, found.device_map)
+            if loaded[0] != which:
+                loaded, answers = (which, *found.model()), {}
+            worker = found.worker(*loaded[1:], answers)
+            continue
+        assert worker is not None
+        job, unedited, needs, more = found
+        try:
+            patches |= more
+            given = Given(unedited, [patch for name in needs for patch in patches[name]])
+            outcome = worker.do(job, given)
+            if job.kind in ("fit", "chain"):
+                patches[job.name] = outcome.patches
+            _send(pipe, outcome if job.kind in ("fit", "chain") else replace(outcome, patches=()))
+        except Exception as error:
+            _send(pipe, _sendable(error))
+
+
+def _sendable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its constructor wants
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @dataclass
@@ -84,7 +245,15 @@ class RayEngine:
     count: int | None = None
     threads: int = 1
     name: str = "ray"
+    elsewhere: bool = True
     workers: int = field(default=1, init=False)
+
+    def check(self) -> None:
+        """Raises ConfigError without Ray, or where nothing answers at the address: said before a model is loaded, and not by
+        Ray, which tries for a minute and then ends the process.
+        """
+        _ray()
+        _answers(self.address)
 
     def run(self, jobs: Sequence[Job], give: Give, take: Take, plan: WorkerPlan, local: Worker) -> None:
         """Do every job; those whose needs are done, in order, on whichever worker is free. Raises ConfigError without Ray,
@@ -170,7 +339,7 @@ class _Actor:
         import torch
 
         torch.set_num_threads(threads)
-        self.worker = plan.worker()
+        self.worker = plan.worker(*plan.model())
         self.read: tuple[tuple[str, ...], tuple[Patch, ...]] = ((), ())
 
     def ready(self) -> None:
@@ -191,21 +360,49 @@ def _unpacked(packed: Sequence[list[bytes]]) -> tuple[Patch, ...]:
     return tuple(Patch.from_bytes(file) for files in packed for file in files)
 
 
-@contextmanager
-def _cluster(address: str | None) -> Iterator[Any]:
-    """Ray, connected; disconnected afterwards unless it was connected before. Raises ConfigError."""
+def _ray() -> Any:
     try:
         import ray
         import ray.exceptions
     except ImportError:
         raise ConfigError("--engine ray needs the ray package; pip install 'errata[ray]'") from None
+    return ray
+
+
+def _answers(address: str | None) -> None:
+    """Raises ConfigError unless something listens at the address of a cluster; names that Ray resolves by itself pass."""
+    if address in (None, "auto", "local"):
+        return
+    host, _, port = str(address).rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"expected the address of a Ray cluster as HOST:PORT or ray://HOST:PORT, found {address!r}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH).close()
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or str(error) or "no answer"
+        raise ConfigError(
+            f"no Ray cluster at {address}: {why}; start one there with `ray start --head`, or leave --address out"
+        ) from None
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[Any]:
+    """Ray, connected; disconnected afterwards unless it was connected before. Raises ConfigError."""
+    ray = _ray()
     if ray.is_initialized():
         yield ray
         return
+    _answers(address)
     try:
         ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"no Ray cluster at {address}: {error}; start one with `ray start --head`") from None
+    except (
+        ConnectionError,
+        RuntimeError,
+        ValueError,
+        SystemExit,
+    ) as error:  # Ray exits where what answers is no cluster
+        why = "what answers there is no cluster" if isinstance(error, SystemExit) else str(error)
+        raise ConfigError(f"no Ray cluster at {address}: {why}; start one with `ray start --head`") from None
     try:
         yield ray
     finally:

@@ -51,7 +51,7 @@ STYLES: Mapping[str, Style] = {
     "compmemit": Style(SKY, "v", LONG),
     "steam": Style(PINK, "D", SOLID),
     "uniform": Style(ORANGE, "P", DASHED),
-    "actadd": Style(ORANGE, "X", DOTTED),
+    "actadd": Style(BLACK, "X", DOTTED),
     "icl": Style(GREY, "*", DASHDOT),
     "unedited": Style(GREY, "|", DOTTED),
 }

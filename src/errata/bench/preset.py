@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from errata.bench.cases import Case, Probe
 from errata.errors import ConfigError
+from errata.model.anatomy import Role, anatomy
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -24,6 +25,8 @@ class Method:
     """A method as a run has it. label: its name in tables; editor: the method's file; setting: each edit alone on the model
     ("single"), all of them at once ("all"), one after another on the model that the earlier ones left ("sequential"), or so, but
     only what the model by then gets wrong ("stream", see `errata.bench.streams`).
+    apart: of a sequence whose edits do not bear on each other's fits, as steering's do not, so that fits may be spread. most:
+    how many of Atlas's cases it is given, the first ones, where no other number is asked for.
     """
 
     label: str
@@ -31,6 +34,8 @@ class Method:
     setting: Setting = "single"
     preset: str | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
+    apart: bool = False
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class Preset:
     which a sequential method is asked. every, most: edits of a stream between two looks at it, and after which it ends.
     world: probes of the whole run (collateral, unrelated text), asked of every method of setting "all", "sequential" or
     "stream". extra: further files, made once in the run's directory (traces, sweeps). tables, figures: of the run's rows
-    and directory; a figure function writes PNG files and returns them with their captions.
+    and directory; a figure function writes PNG files and returns them with their captions. roles: kinds of models
+    (`model.anatomy`) that it is for; empty: any.
     """
 
     name: str
@@ -72,6 +78,15 @@ class Preset:
     world: Callable[[Context], Sequence[Probe]] | None = None
     extra: Callable[[Context, Path], None] | None = None
     figures: Callable[["DataFrame", Path], Sequence[tuple[Path, str]]] | None = None
+    roles: tuple[Role, ...] = ()
+
+
+def unfit(preset: Preset, model: Any) -> str | None:
+    """Why a preset is not for this model, None if it is."""
+    role = anatomy(model).role
+    if not preset.roles or role in preset.roles:
+        return None
+    return f"{preset.name} is for models of the kind {' or '.join(preset.roles)}, found {type(model).__name__} ({role})"
 
 
 def available_presets() -> list[str]:

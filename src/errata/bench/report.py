@@ -54,15 +54,18 @@ class Example:
     answers: tuple[Answer, ...]
 
 
-def write_report(run: str | Path, out: str | Path) -> Path:
+def write_report(
+    run: str | Path, out: str | Path, rows: "DataFrame | None" = None, tables: "Sequence[Table] | None" = None
+) -> Path:
     """Write report.html, report.md and the Markdown's figures into the folder `out`; returns the page's path.
 
+    rows, tables: of `rows_of` and the preset, where they are made already.
     Raises ConfigError for a folder that is no run, RecordError for one without rows.
     """
     run, out = Path(run), Path(out)
     directory = RunDirectory(run)
     about, preset = directory.read(), get_preset(directory.read()["spec"]["preset"])
-    rows = rows_of(run)
+    rows = rows_of(run) if rows is None else rows
     pictures = [(path, caption) for path, caption in (preset.figures(rows, run) if preset.figures else ())]
     named = [(f"figures/{path.name}", path.read_bytes(), caption) for path, caption in pictures]
     values = {
@@ -70,7 +73,7 @@ def write_report(run: str | Path, out: str | Path) -> Path:
         "about": about,
         "spec": about["spec"],
         "facts": _facts(about, rows),
-        "tables": list(preset.tables(rows, run)),
+        "tables": list(preset.tables(rows, run) if tables is None else tables),
         "examples": examples(rows),
         "failures": failures(run),
         "glossary": glossary(rows),
@@ -99,6 +102,9 @@ def rows_of(run: str | Path) -> "DataFrame":
     if spec["n"] or any((Path(run) / "units").glob("*.parquet")):
         place = {label: i for i, label in enumerate([UNEDITED, *spec["methods"]])}
         found = results(run)
+        # Plain objects: metrics cut a table into many small ones, and Arrow's strings take long to be taken apart.
+        strings = {name: object for name, kind in found.dtypes.items() if str(kind) in ("str", "string", "category")}
+        found = found.astype(strings)
         return found.iloc[found["method"].map(lambda label: place.get(label, len(place))).argsort(kind="stable")]
     import pandas as pd
 
@@ -226,7 +232,7 @@ def _facts(about: Mapping[str, Any], rows: "DataFrame") -> list[tuple[str, str]]
         "versions": versions,
         "machine": ", ".join(str(w) for w in where if w),
         "threads": str(about.get("threads", "")),
-        "engine": about.get("engine"),
+        "engine": f"{about.get('engine')}, {about.get('workers') or 1} at work",
         "started, finished": f"{about.get('started')}, {about.get('finished', 'not yet')}",
         "resumed": f"{len(about.get('resumed', []))} times" if about.get("resumed") else "",
     }

@@ -11,6 +11,8 @@ moment, by Ctrl-C or `kill -9`, goes on with the units that are absent, and fits
   the preset's world (what the model was made for);
 - sequential: edit after edit, weight edits merged and the next one fitted on the merged model; at each checkpoint all edits so
   far are asked, with their `position` as a tag. "all" and "sequential" are also asked the preset's probes of the world.
+
+What a preset makes besides (`extra`) is made in this process meanwhile, if the engine's workers are elsewhere.
 """
 
 import dataclasses
@@ -18,10 +20,13 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 import torch
@@ -30,16 +35,16 @@ import transformers
 import errata
 from errata.bench.cases import Case
 from errata.bench.engines import Engine, LocalEngine, WorkerPlan
-from errata.bench.methods import inapplicable, resolved
-from errata.bench.preset import Context, Method, Preset
+from errata.bench.methods import inapplicable, is_atlas, resolved
+from errata.bench.preset import Context, Method, Preset, unfit
 from errata.bench.rows import UNEDITED, write_cases
 from errata.bench.store import PatchCache, RunDirectory, file_names, json_config
-from errata.bench.worker import FITTING, Given, Job, Outcome, Worker, editor_of
+from errata.bench.worker import MAKING, Given, Job, Outcome, Worker, editor_of
 from errata.errors import ConfigError, EditError
 from errata.patch import Patch
 from errata.prompts.sources import with_old_object
 
-SHARD = 32  # cases
+SHARD = 16  # cases
 
 
 @dataclass(frozen=True)
@@ -68,22 +73,36 @@ class Progress:
     left: float | None
 
 
+FITTING = ("single", *MAKING)
+
+
 @dataclass
 class _Pace:
-    """Seconds by method and kind, for the estimate."""
+    """Seconds for a case (of jobs without cases: for the job) by method and kind, for the estimate."""
 
-    seconds: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    spent: dict[tuple[str, str], tuple[float, int]] = field(default_factory=dict)
 
     def note(self, job: Job, outcome: Outcome) -> None:
-        self.seconds.setdefault((job.method, job.kind), []).append(outcome.seconds)
+        seconds, size = self.spent.get((job.method, job.kind), (0.0, 0))
+        self.spent[job.method, job.kind] = (seconds + outcome.seconds, size + _size(job))
 
     def left(self, jobs: Sequence[Job], workers: int) -> float | None:
-        everything = [s for found in self.seconds.values() for s in found]
-        if not everything:
+        """None before a fit, of which asking says nothing. What a method has not done yet takes what it takes the others."""
+        if any(job.kind in FITTING for job in jobs) and not any(kind in FITTING for _, kind in self.spent):
             return None
-        mean = sum(everything) / len(everything)
-        known = {key: sum(found) / len(found) for key, found in self.seconds.items()}
-        return sum(known.get((job.method, job.kind), mean) for job in jobs) / max(1, workers)
+        own = {key: seconds / size for key, (seconds, size) in self.spent.items()}
+        alike: dict[str, list[float]] = {}
+        for (_, kind), rate in own.items():
+            alike.setdefault("fit" if kind in FITTING else kind, []).append(rate)
+        mean = {kind: sum(rates) / len(rates) for kind, rates in alike.items()}
+        rates = (
+            own.get((j.method, j.kind), mean.get("fit" if j.kind in FITTING else j.kind, 0.0)) * _size(j) for j in jobs
+        )
+        return sum(rates) / max(1, workers) if own else None
+
+
+def _size(job: Job) -> int:
+    return job.span[1] - job.span[0] if job.kind in (*FITTING, "ask") else 1
 
 
 def run(
@@ -109,7 +128,9 @@ def run(
     """
     used: Engine = engine or LocalEngine()
     directory = RunDirectory(out)
-    plan = replace(plan, methods=tuple(resolved(method, model, plan.model_name) for method in plan.methods))
+    if (why := unfit(plan.preset, model)) is not None:
+        raise ConfigError(f"{why}; choose another model, or another preset")
+    plan = replace(plan, methods=tuple(_as_here(method, plan, model) for method in plan.methods))
     left_out = {m.label: why for m in plan.methods if (why := inapplicable(m, model, tokenizer)) is not None}
     if left_out and len(left_out) == len(plan.methods):
         raise ConfigError(
@@ -141,7 +162,8 @@ def run(
         "most": plan.preset.most,
         "shard": shard,
     }
-    about = {"command": command, "engine": used.name, **environment(model), "started": _now(), "left_out": left_out}
+    about = {"command": command, "engine": used.name, "workers": used.workers, **environment(model), "started": _now()}
+    about |= {"left_out": left_out}
     with directory.locked():
         if not directory.begin(spec, about):
             write_cases(directory.path, cases)
@@ -152,13 +174,9 @@ def run(
         workers = WorkerPlan(
             plan.model_name, plan.dtype, plan.device_map, tuple(cases), tuple(world), plan.methods, plan.seed, cache
         )
-        with Worker(
-            model, tokenizer, cases, world, plan.methods, seed=plan.seed, cache=patches, answers=answers
-        ) as worker:
+        local = Worker(model, tokenizer, cases, world, plan.methods, seed=plan.seed, cache=patches, answers=answers)
+        with local as worker, _meanwhile(partial(_extra, plan, context, directory), used.elsewhere):
             used.run(work.lacking(), work.given, work.take, workers, worker)
-        if plan.preset.extra is not None and not (directory.path / "extra.json").exists():
-            plan.preset.extra(context, directory.path)
-            directory.write_json("extra.json", {"made": _now()})
         directory.finish(summary(directory, plan.methods), _now())
     patches.trim()
     return directory
@@ -166,16 +184,16 @@ def run(
 
 def plan_jobs(
     methods: Sequence[Method],
-    n: int,
+    count: int,
     world: int,
     checkpoints: Sequence[int] = (),
     shard: int = SHARD,
-    every: int = 50,
-    most: int = 1000,
+    look: int = 50,
+    limit: int = 1000,
 ) -> list[Job]:
     """A run's jobs, each behind those that it needs: fixed by the methods, the number of cases and the size of a shard."""
-    shards = [(start, min(n, start + shard)) for start in range(0, n, shard)]
-    jobs = [Job(f"{UNEDITED}-{k:04}", "ask", UNEDITED, span) for k, span in enumerate(shards)]
+    shards = every = [(start, min(count, start + shard)) for start in range(0, count, shard)]
+    jobs = [Job(f"{UNEDITED}-{k:04}", "ask", UNEDITED, span) for k, span in enumerate(every)]
     asked = [job.name for job in jobs]
     if world:
         jobs.append(Job(f"{UNEDITED}-world", "world", UNEDITED))
@@ -191,6 +209,8 @@ def plan_jobs(
 
     for method in methods:
         label, name, fits = method.label, names[method.label], []
+        n = min(count, method.most or count)
+        shards = [(start, min(n, stop)) for start, stop in every if start < n]
         if method.setting == "single":
             for k, span in enumerate(shards):
                 jobs.append(Job(f"{name}-{k:04}", "single", label, span, 1, (asked[k],)))
@@ -201,7 +221,7 @@ def plan_jobs(
                 fits.append(jobs[-1].name)
             ask(method, name, n, fits)
         elif method.setting == "stream":
-            for stop in sorted({min(stop, most, n) for stop in range(every, n + every, every)}):
+            for stop in sorted({min(stop, limit, n) for stop in range(look, n + look, look)}):
                 job = Job(f"{name}-stream-{stop:05}", "stream", label, (0, n), stop, tuple(fits[-1:]))
                 fits = [*fits, job.name]
                 jobs += [job, Job(f"{name}-{stop:05}", "ask", label, (0, n), stop, (job.name,))]
@@ -211,12 +231,53 @@ def plan_jobs(
         else:
             stops = sorted({min(n, checkpoint) for checkpoint in (*checkpoints, n)} - {0})
             for start, stop in zip([0, *stops], stops, strict=False):
-                jobs.append(Job(f"{name}-fit-{stop:05}", "chain", label, (start, stop), stop, tuple(fits)))
-                fits = [*fits, jobs[-1].name]
+                if method.apart:
+                    cuts = sorted({start, stop, *(cut for cut, _ in shards if start < cut < stop)})
+                    for low, high in zip(cuts, cuts[1:], strict=False):
+                        jobs.append(Job(f"{name}-fit-{high:05}", "fit", label, (low, high)))
+                        fits = [*fits, jobs[-1].name]
+                else:
+                    jobs.append(Job(f"{name}-fit-{stop:05}", "chain", label, (start, stop), stop, tuple(fits)))
+                    fits = [*fits, jobs[-1].name]
                 ask(method, f"{name}-{stop:05}", stop, fits)
         edits = 1 if method.setting == "single" else n
         jobs.append(Job(name, "speed", label, (0, n), edits, tuple(fits)))
     return jobs
+
+
+def _as_here(method: Method, plan: Plan, model: Any) -> Method:
+    """The method with what stands for this model, and without a limit on its cases unless it is one of Atlas's own sizes."""
+    own = plan.n is None and plan.data is None and is_atlas(plan.model_name)
+    return replace(resolved(method, model, plan.model_name), most=method.most if own else None)
+
+
+def _extra(plan: Plan, context: Context, directory: RunDirectory) -> None:
+    if plan.preset.extra is not None and not (directory.path / "extra.json").exists():
+        plan.preset.extra(context, directory.path)
+        directory.write_json("extra.json", {"made": _now()})
+
+
+@contextmanager
+def _meanwhile(work: Callable[[], None], beside: bool) -> Iterator[None]:
+    """Do the work while the block runs, or after it; a block that fails waits for nothing."""
+    if not beside:
+        yield
+        work()
+        return
+    failed: list[BaseException] = []
+
+    def at_work() -> None:
+        try:
+            work()
+        except BaseException as error:  # raised where the block ends
+            failed.append(error)
+
+    thread = Thread(target=at_work, daemon=True)
+    thread.start()
+    yield
+    thread.join()
+    if failed:
+        raise failed[0]
 
 
 class _Work:
@@ -240,19 +301,19 @@ class _Work:
     def lacking(self) -> list[Job]:
         """The jobs whose results are not there. A fit that is there is done again, from the cache, where patches are needed."""
         lacking = [job for job in self.jobs.values() if not self._is_there(job)]
-        needed = {name for job in lacking for name in job.needs if self.jobs[name].kind in FITTING}
+        needed = {name for job in lacking for name in job.needs if self.jobs[name].kind in MAKING}
         return [job for job in self.jobs.values() if job in lacking or job.name in needed]
 
     def _is_there(self, job: Job) -> bool:
         if job.kind == "speed":
             return (self.directory.path / "speeds" / f"{job.name}.json").exists()
-        fits = job.kind not in ("single", *FITTING) or self.directory.has_fits(job.name)
+        fits = job.kind not in FITTING or self.directory.has_fits(job.name)
         rows = job.kind not in ("single", "ask", "world") or self.directory.has(job.name)
         return fits and rows
 
     def given(self, job: Job) -> Given:
         """What the job is given; the jobs that it needs are done."""
-        fits = [name for name in job.needs if self.jobs[name].kind in FITTING]
+        fits = [name for name in job.needs if self.jobs[name].kind in MAKING]
         patches = [patch for name in fits for patch in self._patches[name]]
         answers = next((name for name in job.needs if self.jobs[name].method == UNEDITED), None)
         return Given(self.directory.answers(answers) if answers else {}, patches)
@@ -266,7 +327,7 @@ class _Work:
             self.directory.write(job.name, [about | row for row in outcome.rows])
         if outcome.speed is not None:
             self.directory.write_json(f"speeds/{job.name}.json", {"method": job.method, **outcome.speed})
-        if job.kind in FITTING:
+        if job.kind in MAKING:
             self._patches[job.name] = outcome.patches
         self._left.remove(job)
         self._done += 1
@@ -328,7 +389,9 @@ def environment(model: Any) -> dict[str, Any]:
 def methods_of(spec: dict[str, Any]) -> tuple[Method, ...]:
     """The methods of a run's `spec`, as they were asked for."""
     names = [f.name for f in dataclasses.fields(Method)]
-    return tuple(Method(**{name: method[name] for name in names}) for method in spec["methods"].values())
+    return tuple(
+        Method(**{name: method[name] for name in names if name in method}) for method in spec["methods"].values()
+    )
 
 
 def _method_json(method: Method) -> dict[str, Any]:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from errata.bench.intervals import Rate
     from errata.bench.tables import Table
 
-ALREADY = "already"
+ALREADY, FAILED = "already", "failed"  # outcomes of items that are no edits
 NEW_KEYS = ("add", "split")  # outcomes that add a key to a codebook
 Errors = dict[str, str]
 
@@ -44,10 +44,10 @@ Errors = dict[str, str]
 
 
 def edited(patch: Patch | None) -> list[str]:
-    """Ids of the items that were edited, in order: a stream's patch also holds what the model had right."""
+    """Ids of the items that were edited, in order: a stream's patch also names what the model had right and what failed."""
     if patch is None:
         return []
-    return [i for i in patch.ids if patch.report.get(i, {}).get("outcome") != ALREADY]
+    return [i for i in patch.ids if patch.report.get(i, {}).get("outcome") not in (ALREADY, FAILED)]
 
 
 def standing(patch: Patch) -> list[str]:
@@ -79,6 +79,9 @@ def follow(
         started = time.perf_counter()
         patch, new, failed = step(editor, model, tokenizer, now, patch, seed)
         errors |= failed
+        for item in now:
+            if item.id in failed:
+                patch = _joined(patch, Patch(editor.method, {}, (item,), {}, (), {item.id: {"outcome": FAILED}}))
         if patch is not None and new:
             seconds = (time.perf_counter() - started) / len(new)
             timed = {i: {**patch.report[i], "seconds_fit": round(seconds, 6)} for i in new}
@@ -99,7 +102,9 @@ def _streamed(
     """Items for a method that takes streams, which tests for itself what the model says; only edits are its past."""
     fit: Any = editor.fit
     try:
-        found = fit(model, tokenizer, items, seed=seed, onto=_past(patch) if patch is not None else None)
+        found = fit(
+            model, tokenizer, items, seed=seed, onto=_past(patch) if patch is not None and edited(patch) else None
+        )
     except Exception as error:  # whatever a method raises is an item's failure, not the run's
         if len(items) == 1:
             return patch, [], {items[0].id: _words(error)}
@@ -113,7 +118,7 @@ def _streamed(
 
 
 def _past(patch: Patch) -> Patch:
-    """The patch with its edits alone, or nothing to go on from where there are none."""
+    """The patch with its edits alone."""
     held = set(edited(patch))
     return replace(
         patch,

@@ -28,7 +28,7 @@ from errata.patch import Patch
 from errata.steering import Steering
 
 SAMPLED = "generation"
-FITTING = ("fit", "chain", "stream")  # kinds of jobs that make patches for others
+MAKING = ("fit", "chain", "stream")  # kinds of jobs that make patches for others
 NO_ANSWER = (SAMPLED, "unrelated")
 SPEED_PROMPTS, SPEED_TOKENS, SPEED_ROUNDS = 32, 16, 3
 
@@ -122,7 +122,7 @@ class Worker:
     def do(self, job: Job, given: Given) -> Outcome:
         """The job's results. A fit that fails is an entry with its error; any other exception ends the run."""
         started = time.perf_counter()
-        if job.kind in ("single", *FITTING) or not job.edits:
+        if job.kind in ("single", *MAKING) or not job.edits:
             self.close()
         given = replace(given, patches=_distinct(given.patches))
         outcome = {

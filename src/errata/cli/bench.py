@@ -1,5 +1,6 @@
 """`errata bench`: a preset run on a model, resumed, listed, reported; the papers' tables from one command."""
 
+import os
 import shlex
 import sys
 import time
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from errata.cli.bench_rows import rows as show_rows
 from errata.cli.common import (
+    CHECK_FAILED,
     INTERRUPTED,
     CommandGroup,
     DeviceMap,
@@ -30,9 +32,12 @@ from errata.cli.common import (
     row,
     table,
 )
-from errata.errors import ConfigError
+from errata.errors import ConfigError, EditError
 
 EVERY = "all"
+SMALL = 200_000_000  # parameters of a model that every process may have its own of
+FEW = 16  # cases
+MOST = 8  # processes that are started unasked
 
 
 class BenchGroup(CommandGroup):
@@ -69,7 +74,13 @@ Address = Annotated[
     str | None, typer.Option("--address", help="Of a running Ray cluster (default: one on this machine).")
 ]
 Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Ray workers, each with --threads cores (default: all that fit).")
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="Processes, of this machine or of the cluster, each with its own model and --threads cores (default: as many as "
+        "fit on a cluster; here one for each core if the model is small).",
+    ),
 ]
 
 app = typer.Typer(
@@ -136,24 +147,37 @@ def run(
     json_output: Json = False,
 ) -> None:
     """Run a preset, or all of them, on a model; an interrupted run with the same command goes on."""
-    from errata.bench.preset import available_presets, get_preset, pick_methods
+    from errata.bench.preset import available_presets, get_preset, pick_methods, unfit
     from errata.bench.runner import Plan
 
     every = preset == EVERY
     presets = [get_preset(name) for name in (available_presets() if every else [preset])]
     names = [name.strip() for name in methods.split(",") if name.strip()] if methods else []
     picked = [pick_methods(p, names) if names else p.methods for p in presets]
-    chosen = _engine(engine, address, workers, threads)
+    _check_engine(engine, address, workers, threads)
     loaded, tokenizer = load(model, dtype, device_map, threads)
     command = shlex.join(["errata", *sys.argv[1:]])
     found: list[dict[str, Any]] = []
+    lost: list[str] = []
     answers: dict[Any, dict[str, Any]] = {}
-    for one, own in zip(presets, picked, strict=True):
-        plan = Plan(one, model, own, n, seed, data, split.value, dtype, device_map)
-        where = out_path / one.name if every else out_path
-        found.append(_run(plan, where, loaded, tokenizer, chosen, command, report, json_output, answers))
+    with _engine(engine, address, workers, threads, loaded, n) as chosen:
+        for one, own in zip(presets, picked, strict=True):
+            if every and (why := unfit(one, loaded)) is not None:
+                notice(f"left out: {why}")
+                continue
+            plan = Plan(one, model, own, n, seed, data, split.value, dtype, device_map)
+            where = out_path / one.name if every else out_path
+            try:
+                found.append(_run(plan, where, loaded, tokenizer, chosen, command, report, json_output, answers))
+            except EditError as error:
+                if not every:
+                    raise
+                lost.append(one.name)  # the others are worth having without it
+                notice(f"{one.name} was not finished: {error}")
     if json_output:
-        emit({"runs": found})
+        emit({"runs": found, "unfinished": lost})
+    if lost:
+        raise typer.Exit(CHECK_FAILED)
 
 
 @app.command("resume")
@@ -177,9 +201,11 @@ def resume(
         get_preset(spec["preset"]), spec["model"], methods_of(spec), spec["asked_n"], spec["seed"], spec["data"],
         spec["split"], spec["dtype"], spec["device_map"],
     )  # fmt: skip
-    chosen = _engine(engine, address, workers, threads)
+    _check_engine(engine, address, workers, threads)
     loaded, tokenizer = load(plan.model_name, plan.dtype, plan.device_map, threads or kept["threads"])
-    value = _run(plan, run_path, loaded, tokenizer, chosen, shlex.join(["errata", *sys.argv[1:]]), report, json_output)
+    command = shlex.join(["errata", *sys.argv[1:]])
+    with _engine(engine, address, workers, threads, loaded, spec["n"]) as chosen:
+        value = _run(plan, run_path, loaded, tokenizer, chosen, command, report, json_output)
     if json_output:
         emit(value)
 
@@ -200,7 +226,7 @@ def show_table(run_path: Run, json_output: Json = False) -> None:
         emit({"tables": [{"title": t.title, "columns": t.columns, "rows": c, "note": t.note} for t, c in named]})
         return
     for one in tables:
-        out().print(one.rich())
+        out().print(one.rich(_width()))
 
 
 @app.command("report")
@@ -217,14 +243,43 @@ def write_report(
         emit({"run": str(run_path), "out": str(out_path or run_path)})
 
 
-def _engine(engine: Engine, address: str | None, workers: int | None, threads: int | None) -> Any:
-    from errata.bench.engines import LocalEngine, RayEngine
+def _check_engine(engine: Engine, address: str | None, workers: int | None, threads: int | None) -> None:
+    """Raises ConfigError for options that do not go together and for a cluster that is not there, before a model is loaded."""
+    from errata.bench.engines import RayEngine
 
-    if engine is Engine.local:
-        if address or workers:
-            raise ConfigError("--address and --workers belong to --engine ray; add it, or leave them out")
-        return LocalEngine()
-    return RayEngine(address, workers, threads or 1)
+    if engine is Engine.ray:
+        RayEngine(address, workers, threads or 1).check()
+    elif address:
+        raise ConfigError("--address belongs to --engine ray; add it, or leave the address out")
+
+
+@contextmanager
+def _engine(
+    engine: Engine, address: str | None, workers: int | None, threads: int | None, model: Any, n: int | None
+) -> Iterator[Any]:
+    """The engine; of this machine as many processes as are wanted, or else one for each core if the model is small."""
+    from errata.bench.engines import LocalEngine, ProcessEngine, RayEngine
+
+    if engine is Engine.ray:
+        yield RayEngine(address, workers, threads or 1)
+        return
+    count = workers or _processes(model, threads, n)
+    if count == 1:
+        yield LocalEngine()
+        return
+    with ProcessEngine(count, threads or 1) as processes:
+        yield processes
+
+
+def _processes(model: Any, threads: int | None, n: int | None) -> int:
+    """One for a model on an accelerator, a large one (each process holds its own) or a few cases, which are done before
+    processes have started; otherwise one for each core.
+    """
+    small = sum(p.numel() for p in model.parameters()) <= SMALL
+    if not small or next(model.parameters()).device.type != "cpu" or (n is not None and n < FEW):
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST, cores // (threads or 1)))
 
 
 def _run(
@@ -244,7 +299,9 @@ def _run(
 
     started = time.perf_counter()
     try:
-        with _progress(plan.preset.name) as progress:
+        # Beside processes that take the cores this one has a thread; a preset that asks nothing has none, and takes all.
+        spread = bool(plan.methods) and engine.elsewhere
+        with _threads(1 if spread else None), _progress(plan.preset.name) as progress:
             do(plan, path, model, tokenizer, engine=engine, command=command, answers=answers, progress=progress)
     except KeyboardInterrupt:
         begun = (path / "run.json").exists()
@@ -252,11 +309,27 @@ def _run(
         notice(f"interrupted; {go_on if begun else 'nothing was finished yet'}")
         raise typer.Exit(INTERRUPTED) from None
     value = _summary(path, time.perf_counter() - started)
-    if report:
-        reports.write_report(path, path)
-    if not quiet:
-        _print(path, value)
+    if report or not quiet:
+        rows = reports.rows_of(path)
+        tables = plan.preset.tables(rows, path)
+        if report:
+            reports.write_report(path, path, rows, tables)
+        if not quiet:
+            _print(value, tables)
     return value
+
+
+@contextmanager
+def _threads(n: int | None) -> Iterator[None]:
+    """So many torch threads inside; None for as many as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _summary(path: Path, seconds: float) -> dict[str, Any]:
@@ -267,16 +340,20 @@ def _summary(path: Path, seconds: float) -> dict[str, Any]:
     return {"run": str(path), "seconds": round(seconds, 1), "methods": methods, "failed": failed}
 
 
-def _print(path: Path, value: dict[str, Any]) -> None:
-    from errata.bench.report import tables_of
-
-    for one in tables_of(path):
-        out().print(one.rich())
+def _print(value: dict[str, Any], tables: Any) -> None:
+    for one in tables:
+        out().print(one.rich(_width()))
     for label, cases in value["failed"].items():
         first, why = next(iter(cases.items()))
         names = ", ".join(list(cases)[:5]) + (", ..." if len(cases) > 5 else "")
         notice(f"{label}: {len(cases)} fits failed (cases {names}); the first, {first}: {why}")
     out().print(f"{value['run']}: {value['seconds']:.0f} s", markup=False, soft_wrap=True)
+
+
+def _width() -> int:
+    """Characters for a table: the terminal's, and a readable number where there is none."""
+    console = out()
+    return console.width if console.is_terminal else 110
 
 
 @contextmanager

@@ -68,7 +68,6 @@ class AdapterEditor(Editor[C]):
     how = "optimised"
     supports = ("decoder", "encoder-decoder", "classifier")
     streams = True
-    supports = ("decoder", "encoder-decoder", "classifier")
     form: ClassVar[Literal["defer", "memory"]]
 
     @abstractmethod

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from errata.codebook import Place, Replace
+from errata.codebook import Place, Replace, mlp_of
 from errata.edit import EditRequest, conflicts
 from errata.editors._models import late_layer
 from errata.editors._value_rows import Row, ValueJob, rows_of
@@ -126,17 +126,21 @@ def layer_of(model: Any, layer: Site | None, default: Site) -> Site:
     return f"encoder.{index}" if stack is parts.encoder else index
 
 
-def place_of(model: Any, layer: Site | None, site: str, replace: Replace | None, key: str | None) -> tuple[Place, str]:
+def place_of(
+    model: Any, layer: Site | None, site: str | None, replace: Replace | None, key: str | None
+) -> tuple[Place, str]:
     """Where an editor acts, and which token asks: what its config leaves open is the model's to say.
 
-    The layer is near three quarters of the depth; a classifier asks at its first token, which the head reads, all others at
-    the prompt's last. In a decoder each token asks for itself; an encoder reads a text at once, and the token that asks is
-    the only one to be replaced. Raises AnatomyError for a layer that is not there.
+    The layer is near three quarters of the depth, and the map its MLP; a classifier asks at its first token, which the head
+    reads, all others at the prompt's last. In a decoder each token asks for itself; an encoder reads a text at once, and
+    the token that asks is the only one to be replaced. Raises AnatomyError for a layer that is not there.
     """
     parts, found = anatomy(model), layer_of(model, layer, late_layer(model))
     asks = key or ("first" if parts.role == "classifier" else "last")
     alone = parts.stack_of(found)[0].role != parts.role or parts.role == "classifier"
     mode: Replace = replace or ("last" if alone and asks != "subject" else "each")
+    if site is None:
+        site = "mlp" if mlp_of(parts, found) is not None else "mlp_in"
     return Place(found, site, mode, "first" if asks == "first" else "last"), asks
 
 

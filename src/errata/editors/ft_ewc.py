@@ -43,7 +43,6 @@ class FTEWC(FineTuner[FTEWCConfig]):
 
     method = "ft_ewc"
     summary = "streaming fine-tuning tied to what earlier edits need (EWC, Kirkpatrick et al. 2017)"
-    supports = ("decoder", "encoder-decoder", "classifier")
     Config = FTEWCConfig
 
     def edit(self, tuner: Tuner, item: Item, past: Sequence[Item]) -> dict[str, Any]:

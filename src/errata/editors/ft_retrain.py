@@ -40,7 +40,6 @@ class FTRetrain(FineTuner[FTRetrainConfig]):
 
     method = "ft_retrain"
     summary = "streaming fine-tuning with periodic retraining on all edits so far (Hartvigsen et al. 2023)"
-    supports = ("decoder", "encoder-decoder", "classifier")
     Config = FTRetrainConfig
 
     def edit(self, tuner: Tuner, item: Item, past: Sequence[Item]) -> dict[str, Any]:

@@ -58,20 +58,21 @@ ALONE: dict[Replace, Replace] = {"each": "last"}  # where a value is trained by 
 class GRACEConfig:
     """Settings of GRACE.
 
-    layer: negative from the end, "encoder.4" of an encoder; None for one near three quarters of the depth; site: the linear
-    map, a role of the anatomy or a path in the block. key: the token that asks, the prompt's "last" or "first", or the
-    "subject"'s (only where each token asks for itself); None: the first of a classifier, else the last. replace: see
-    `Place`; None: "each" in a decoder, in an encoder the one token that asks ("last"). radius: of a new ball (the paper's
-    epsilon), activation units; None for 0.6 |key|. start: "warm", the map's own output or "cold" U[0, 1); training: plain
-    "gradient" descent or with N(0, noise) added to the value at each step ("perturbed"). steps, lr (Adam's, activation
-    units), stop (nats, 0 for never), norm: weight of the penalty (|value - output| / |output|)^2, for warm values at the
-    MLP's output. expand, guard, defer, match, same: see `Rules`; same
+    layer: negative from the end, "encoder.4" of an encoder; None for one near three quarters of the depth; site: the map
+    whose input asks and whose output is replaced, "mlp" for the whole MLP, a role of the anatomy or a path in the block;
+    None: the MLP, or the first of its maps where it is no module of its own (BERT). key: the token that asks, the prompt's
+    "last" or "first", or the "subject"'s (only where each token asks for itself); None: the first of a classifier, else the
+    last. replace: see `Place`; None: "each" in a decoder, in an encoder the one token that asks ("last"). radius: of a new
+    ball (the paper's epsilon), activation units; None for 0.6 |key|. start: "warm", the map's own output or "cold" U[0, 1);
+    training: plain "gradient" descent or with N(0, noise) added to the value at each step ("perturbed"). steps, lr (Adam's,
+    activation units), stop (nats, 0 for never), norm: weight of the penalty (|value - output| / |output|)^2, for warm
+    values at the MLP's output. expand, guard, defer, match, same: see `Rules`; same
     is at least 0.02 on models in half precision. skip: leave out what the model already says. ending: text that the model is
     to say behind the new object.
     """
 
     layer: int | str | None = None
-    site: str = "mlp_out"
+    site: str | None = None
     key: Literal["last", "first", "subject"] | None = None
     replace: Replace | None = None
     radius: float | None = None
@@ -108,7 +109,7 @@ class GRACEConfig:
             raise ConfigError(
                 f"expected replace 'each' with keys at the subject, found {self.replace!r}: no other mode asks at the subject"
             )
-        Place(0, self.site, self.replace or "each")
+        Place(0, self.site or "mlp", self.replace or "each")
         self.rules(torch.float32)
 
     def rules(self, dtype: torch.dtype) -> Rules:
@@ -118,7 +119,7 @@ class GRACEConfig:
 
 
 _PUBLISHED: dict[str, Any] = {
-    "radius": 1.0, "replace": "prompt", "start": "cold", "stop": 0.0, "expand": "coverage", "guard": False,
+    "site": "mlp_out", "radius": 1.0, "replace": "prompt", "start": "cold", "stop": 0.0, "expand": "coverage", "guard": False,
     "defer": "nearest", "match": "mean", "same": 0.0, "skip": False, "lr": 1.0,
 }  # fmt: skip
 
@@ -133,7 +134,6 @@ class GRACE(Editor[GRACEConfig]):
     how = "optimised"
     supports = ("decoder", "encoder-decoder", "classifier")
     streams = True
-    supports = ("decoder", "encoder-decoder", "classifier")
     scoped = True
     Config = GRACEConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -308,7 +308,7 @@ class _Stream:
             return []
         config, place = self.config, self.place
         plain = config.start == "warm" and config.training == "gradient" and config.stop > 0
-        at_output = place.site == "mlp_out" and place.replace in ("each", "last")
+        at_output = place.site in ("mlp", "mlp_out") and place.replace in ("each", "last")
         if not plain or not at_output or anatomy(self.model).role != "decoder" or isinstance(place.layer, str):
             return self._descend(requests, items)
         about = config.key == "subject"

@@ -21,25 +21,27 @@ if TYPE_CHECKING:
 
 UNEDITED = "unedited"
 
+FEW = 30  # of Atlas's cases, for methods that stand beside ours for comparison and cost several times as much
+MORE = 50
 # SAKE with all edits loaded and the gate deciding among them; `alone`: the papers' protocol, each edit by itself.
 SAKE = Method("sake", "sake", "all")
 SAKE_ALONE = Method("sake-alone", "sake", "single")
 SAKE_OPEN = Method(
-    "sake-open", "sake", "single", changes={"radius": 1e6, "reach": None}
+    "sake-open", "sake", "single", changes={"radius": 1e6, "reach": None}, most=MORE
 )  # for protocols that look through it
 # The paper's and the code's plain settings. Their gate is a sentence encoder that a hub has to provide; these stand behind the
 # model's own gate instead, and notes under the tables say so.
 OWN_GATE: Mapping[str, Any] = {"gate": "auto", "radius": None}
-SAKE_PAPER = Method("sake-paper", "sake", "single", "paper-gpt2-xl-counterfact", OWN_GATE)
-SAKE_CODE = Method("sake-code", "sake", "single", "code-counterfact", OWN_GATE)
-SAKE_PAPER_POPULAR = Method("sake-paper", "sake", "single", "paper-gpt2-xl-popular", OWN_GATE)
-SAKE_CODE_POPULAR = Method("sake-code", "sake", "single", "code-popular", OWN_GATE)
+SAKE_PAPER = Method("sake-paper", "sake", "single", "paper-gpt2-xl-counterfact", OWN_GATE, most=FEW)
+SAKE_CODE = Method("sake-code", "sake", "single", "code-counterfact", OWN_GATE, most=FEW)
+SAKE_PAPER_POPULAR = Method("sake-paper", "sake", "single", "paper-gpt2-xl-popular", OWN_GATE, most=FEW)
+SAKE_CODE_POPULAR = Method("sake-code", "sake", "single", "code-popular", OWN_GATE, most=FEW)
 UNIFORM = Method("uniform", "uniform", "single")
 ACTADD = Method("actadd", "actadd", "single")
 ICL = Method("icl", "icl", "single")
 # Weight editors take the strengths that were chosen for the model, where there are any ("model"); published ones beside them.
 ROME = Method("rome", "rome", "single", MODEL)
-ROME_PUBLISHED = Method("rome-published", "rome", "single", "published")
+ROME_PUBLISHED = Method("rome-published", "rome", "single", "published", most=FEW)
 MEMIT = Method("memit", "memit", "all", MODEL)
 COMPMEMIT = Method("compmemit", "compmemit", "all", MODEL)
 GATE_NOTE = (
@@ -48,7 +50,7 @@ GATE_NOTE = (
 )
 PROTOCOL_NOTE = (
     "sake: all edits loaded, and the gate decides among them. memit, compmemit: all edits in one write. Others: each edit "
-    "alone."
+    "alone. Settings that cost several times as much get the first of Atlas's edits only; their cells say how many."
 )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from errata.bench.tables import Table
 
-N, UPSTREAM = 1000, 1000
+N, UPSTREAM = 1000, 500
 
 
 def cases(context: Context) -> Sequence[Case]:
@@ -108,4 +108,5 @@ PRESET = Preset(
     n=N,
     world=world,
     figures=figures,
+    roles=("classifier",),
 )

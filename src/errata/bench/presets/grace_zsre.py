@@ -86,4 +86,5 @@ PRESET = Preset(
     published_n=PUBLISHED_N,
     world=world,
     figures=figures,
+    roles=("decoder", "encoder-decoder"),
 )

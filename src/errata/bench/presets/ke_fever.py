@@ -80,4 +80,5 @@ PRESET = Preset(
     tables,
     n=N,
     published_n=PUBLISHED_N,
+    roles=("classifier",),
 )

@@ -107,4 +107,5 @@ PRESET = Preset(
     tables,
     n=N,
     figures=figures,
+    roles=("classifier",),
 )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 N = PUBLISHED_N = 1000
 CHECKPOINTS = (1, 10, 100, 300, 1000)
 ENDS = 100  # how many first and last edits are compared
+FIRST, LAST = f"first {ENDS} edits", f"last {ENDS} edits"
 FEW = {"contexts": FIXED[:5]}
 
 
@@ -88,16 +89,16 @@ def curves_of(rows: "DataFrame") -> dict[str, dict[str, list[tuple[int, Any]]]]:
     from errata.bench.metrics import score
 
     found: dict[str, dict[str, list[tuple[int, Any]]]] = {}
-    methods = [m for m in common.labels(rows) if m != common.UNEDITED]
-    for method in methods:
-        stages = sorted(set(rows.loc[rows["method"] == method, "edits"]))
-        for edits in stages:
+    plain = rows["method"] == common.UNEDITED
+    for method in (m for m in common.labels(rows) if m != common.UNEDITED):
+        for edits in sorted(set(rows.loc[rows["method"] == method, "edits"])):
+            part = rows[plain | ((rows["method"] == method) & (rows["edits"] == edits))]
             cells = {
-                f"first {ENDS} edits": score(among(rows, method, edits, "first"), "efficacy.generate", method),
-                f"last {ENDS} edits": score(among(rows, method, edits, "last"), "efficacy.generate", method),
-                "paraphrases": score(rows, "generalization.generate", method, edits=edits),
-                "neighbours kept": score(rows, "specificity.generate", method, edits=edits),
-                "other facts changed": score(rows, "collateral.generate", method, edits=edits),
+                FIRST: score(among(part, method, edits, "first"), "efficacy.generate", method),
+                LAST: score(among(part, method, edits, "last"), "efficacy.generate", method),
+                "paraphrases": score(part, "generalization.generate", method),
+                "neighbours kept": score(part, "specificity.generate", method),
+                "other facts changed": score(part, "collateral.generate", method),
             }
             for column, rate in cells.items():
                 if rate is not None:
@@ -106,16 +107,22 @@ def curves_of(rows: "DataFrame") -> dict[str, dict[str, list[tuple[int, Any]]]]:
 
 
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
-    """A line for each method and checkpoint."""
+    """A line for the unedited model, and one for each method and checkpoint."""
+    from errata.bench.metrics import score
     from errata.bench.tables import Table
 
-    found = curves_of(rows)
-    keys = sorted({(m, e) for by_method in found.values() for m, points in by_method.items() for e, _ in points})
+    found, labels = curves_of(rows), common.labels(rows)
     cells = {(c, m, e): rate for c, by_method in found.items() for m, points in by_method.items() for e, rate in points}
-    lines = [[f"{m}, {e:,} edits", *(cells.get((c, m, e)) for c in found)] for m, e in keys]
-    n = rows.loc[(rows["method"] == common.UNEDITED) & (rows["kind"] == "fact"), "probe"].nunique()
-    note = (
-        f"Other facts: all {n:,} that none of the run's edits changes or entails, each asked at every checkpoint."
+    keys = sorted({(m, e) for _, m, e in cells}, key=lambda key: (labels.index(key[0]), key[1]))
+    plain = rows[rows["method"] == common.UNEDITED]
+    asked = {"paraphrases": "generalization.generate", "neighbours kept": "specificity.generate"}
+    of_all = {FIRST: "efficacy.generate", **asked, "other facts changed": "collateral.generate"}
+    unedited = {c: score(plain, metric, common.UNEDITED) for c, metric in of_all.items()}
+    lines: list[list[Any]] = [[f"{common.UNEDITED}, all edits' probes", *(unedited.get(c) for c in found)]]
+    lines += [[f"{m}, {e:,} edits", *(cells.get((c, m, e)) for c in found)] for m, e in keys]
+    n = plain.loc[plain["kind"] == "fact", "probe"].nunique()
+    note = f"First and last: of the edits made so far, as many of {ENDS} as there are." + (
+        f"\nOther facts: all {n:,} that none of the run's edits changes or entails, each asked at every checkpoint."
         if n
         else ""
     )
@@ -142,7 +149,7 @@ PRESET = Preset(
     "ours",
     cases,
     (
-        Method("sake", "sake", "sequential", changes={"implications": "none"}),
+        Method("sake", "sake", "sequential", apart=True),
         Method("rome", "rome", "sequential", common.MODEL, FEW),
     ),
     tables,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from errata.bench.tables import Table
 
-N, OVER = 40, 6
+N, OVER = 30, 6
 METRICS = {
     "reversed": "reverse.generate",
     "efficacy": "efficacy.generate",

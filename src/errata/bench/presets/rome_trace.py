@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from errata.bench.tables import Table
 
-N, PUBLISHED_N = 60, 1000
+N, PUBLISHED_N = 50, 1000
 KINDS = ("hidden", "mlp", "attention")
 
 

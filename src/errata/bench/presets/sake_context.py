@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from errata.bench.tables import Table
 
-N, PUBLISHED_N = 40, 150
+N, PUBLISHED_N = 24, 150
 UNBOUNDED = 4096  # tokens, where a model's configuration sets no bound
 METRICS = {"new object": "context.generate", "own gate open": "context.gate", "neighbours kept": "specificity.generate"}
 

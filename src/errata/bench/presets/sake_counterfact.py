@@ -1,6 +1,7 @@
 """SAKE's CounterFact table: accuracy, generality and specificity of single edits (Scialanga et al. 2025)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ PRESET = Preset(
         common.ROME,
         common.MEMIT,
         common.ACTADD,
-        common.UNIFORM,
+        replace(common.UNIFORM, most=common.MORE),
         common.SAKE_PAPER,
         common.SAKE_CODE,
         common.ROME_PUBLISHED,

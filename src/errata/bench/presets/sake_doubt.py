@@ -18,7 +18,7 @@ N = PUBLISHED_N = 150
 OURS = {"DI": "doubt_i.generate", "DII": "doubt_ii.generate", "Acc": "efficacy.generate"}
 GATES = {"DI": "doubt_i.gate", "DII": "doubt_ii.gate"}
 # The released code's gate for doubts reads the last state with a threshold of 1000, which is always open.
-SAKE_DOUBT_CODE = Method("sake-code", "sake", "single", "code-doubt")
+SAKE_DOUBT_CODE = Method("sake-code", "sake", "single", "code-doubt", most=common.FEW)
 
 
 def cases(context: Context) -> Sequence[Case]:

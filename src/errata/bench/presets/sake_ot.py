@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 N, PUBLISHED_N = 40, 885
 METHODS = (
-    Method("transport", "sake", "single", changes={"implications": "none"}),
-    Method("shift", "uniform", "single", changes={"implications": "none"}),
+    Method("transport", "sake", "single"),
+    Method("shift", "uniform", "single"),
 )
 PROBED = {"unmapped": "the source's states", "shift": "shifted by the means' difference", "transport": "transported"}
 PROMPTS, FOLDS = 60, 5
@@ -111,7 +111,7 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
                 note,
             )
         )
-    return found
+    return [*found, common.cost_table(run)]
 
 
 PRESET = Preset(

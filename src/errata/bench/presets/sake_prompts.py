@@ -32,7 +32,7 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     from errata.bench.tables import metric_table
 
     note = "An edit of Atlas brings some 26 prompts of its own; more are the same ones behind lead-ins."
-    return [metric_table(rows, "By the number of training prompts", OURS, note=note)]
+    return [metric_table(rows, "By the number of training prompts", OURS, note=note), common.cost_table(run)]
 
 
 def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from errata.bench.metrics import Rate
     from errata.bench.tables import Table
 
-N, PUBLISHED_N = 30, 150
+N, PUBLISHED_N = 20, 150
 METRIC = {"cloze": "generalization.generate", "question": "generalization.generate", "claim": "claim.generate"}
 
 
@@ -62,8 +62,8 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
              score(common.tagged(rows, fit=fitted), "specificity.generate", method)]
             for fitted in FORMS
         ]  # fmt: skip
-        made.append(Table(f"Transfer between forms: {method}", ["", *FORMS, "neighbours kept"], lines, note))
-    return made
+        made.append(Table(f"Transfer between forms: {method}", ["fit", *FORMS, "neighbours kept"], lines, note))
+    return [*made, common.cost_table(run)]
 
 
 def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:

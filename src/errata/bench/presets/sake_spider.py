@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from errata.bench.cases import Case
 from errata.bench.makers import doubts
@@ -27,9 +27,10 @@ def cases(context: Context) -> Sequence[Case]:
     plain = replace(context, data=None)
     first = common.only(common.draw(plain, N, published_n=PUBLISHED_N), "edit", "paraphrase", "neighborhood")
     first = [replace(c, id=f"counterfact-{c.id}", probes=(*c.probes, *doubts(c)[:2])) for c in first]
-    options: dict[str, Any] = {"atlas": "atlas-ripple", "published": "ripple-popular", "published_n": PUBLISHED_N}
     keys = {case.request.key for case in first}
-    second = [replace(c, id=f"ripple-{c.id}") for c in common.draw(plain, N, **options) if c.request.key not in keys]
+    # The first ones of that preset's own draw, so that their fits are shared.
+    drawn = sake_ripple.cases(replace(plain, n=None))[: len(first)]
+    second = [replace(c, id=f"ripple-{c.id}") for c in drawn if c.request.key not in keys]
     return [*first, *second]
 
 
@@ -37,7 +38,7 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     """All metrics, by our protocol."""
     from errata.bench.tables import metric_table
 
-    return [metric_table(rows, "All metrics", METRICS, note=common.PROTOCOL_NOTE)]
+    return [metric_table(rows, "All metrics", METRICS, note=common.PROTOCOL_NOTE), common.cost_table(run)]
 
 
 def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:

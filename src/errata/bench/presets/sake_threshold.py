@@ -123,6 +123,7 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     return [
         Table("Best threshold of each gate", ["gate", "threshold", *METRICS], lines, "\n".join(notes)),
         metric_table(rows, "What the gates chose by themselves", METRICS),
+        common.cost_table(run),
     ]
 
 

@@ -46,7 +46,7 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
         "weight-0 is ROME itself. Depths are shares of the model's layers; strength 20 throughout.\n"
         + REMARKS["steam-sweep"][0]
     )
-    return [metric_table(rows, "STEAM by strength and by aligned layers", METRICS, note=note)]
+    return [metric_table(rows, "STEAM by strength and by aligned layers", METRICS, note=note), common.cost_table(run)]
 
 
 def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:

@@ -1,0 +1,88 @@
+"""Engines: processes of this machine say what one process says, one that dies is named, and a cluster that is not there too."""
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from conftest import tiny_model
+from errata.bench.engines import ProcessEngine, RayEngine, _answers
+from errata.bench.rows import read_fits, read_rows
+from errata.bench.runner import Progress
+from errata.cli import app
+from errata.errors import ConfigError
+from test_runner import LIFELONG, MEMIT, ROME_ALONE, SAKE_ALL, start, texts
+
+
+@pytest.fixture
+def place(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    tiny_model("gpt2", layers=3).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def test_two_processes_say_what_one_says_and_one_that_dies_is_named(place: Path) -> None:
+    methods = (ROME_ALONE, MEMIT, SAKE_ALL, LIFELONG)
+    made: list[str] = []
+    local = start(place, "local", *methods, checkpoints=(2,))
+    for patch in (place / "cache").glob("*/*"):  # the processes fit by themselves
+        patch.unlink()
+    with ProcessEngine(2) as engine:
+        spread = start(
+            place,
+            "spread",
+            *methods,
+            checkpoints=(2,),
+            engine=engine,
+            extra=lambda context, run: made.append(context.model_name),
+        )
+        assert texts(read_rows(local.path).drop(columns="run")) == texts(read_rows(spread.path).drop(columns="run"))
+        lost = ["run", "seconds"]
+        assert texts(read_fits(local.path).drop(columns=lost)) == texts(read_fits(spread.path).drop(columns=lost))
+        assert made == [str(place / "model")] and (spread.path / "extra.json").exists()
+        assert spread.read()["workers"] == 2
+        ids = [process.pid for process in engine._processes]
+
+        def kill(progress: Progress) -> None:
+            os.kill(ids[0], signal.SIGKILL)
+            os.kill(ids[1], signal.SIGKILL)
+
+        with pytest.raises(ConfigError, match="died over the unit .* resume with fewer --workers"):
+            start(place, "killed", *methods, engine=engine, progress=kill)
+        assert not engine._processes
+    assert list((place / "killed" / "units").glob("*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1", "expected the address of a Ray cluster as HOST:PORT"),
+        ("ray://head", "expected the address of a Ray cluster as HOST:PORT"),
+        ("nowhere.invalid:6379", "no Ray cluster at nowhere.invalid:6379"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused_at_once(address: str, says: str, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    words = ["bench", "sake-doubt", "--model", "atlas", "--out", str(tmp_path / "a"), "--engine", "ray"]
+    started = time.perf_counter()
+    found = CliRunner().invoke(app, [*words, "--address", address])
+    assert found.exit_code == 2 and says in " ".join(found.stderr.split())
+    assert time.perf_counter() - started < 15 and not (tmp_path / "a").exists()
+
+
+def test_a_port_where_nobody_listens_is_told_from_one_where_somebody_does() -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"no Ray cluster at ray://127.0.0.1:{port}: .*refused; start one"):
+            _answers(f"ray://127.0.0.1:{port}")
+        held.listen()
+        _answers(f"127.0.0.1:{port}")
+    _answers("auto")
+    _answers(None)
+    RayEngine("auto").check()
