@@ -267,9 +267,10 @@ class _Stream:
         radius = float(REACH * torch.linalg.vector_norm(key)) if self.config.radius is None else self.config.radius
         done = self.book.insert(key, value, radius, label, request.id)
         kept = done.outcome in ("cover", "expand")  # the value is its entry's, trained for an earlier edit
-        if kept or (
-            self.config.stop > 0 and not self.says([item])[0]
-        ):  # or what answers its other tokens is in the way
+        in_the_way = (
+            not kept and notes["stopped"] and not self.says([item])[0]
+        )  # of what the book says to its other tokens
+        if kept or in_the_way:
             notes = self._train(item, done.entry)
         own = CodebookEntry(
             request.id,
