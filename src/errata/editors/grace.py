@@ -307,19 +307,23 @@ class _Stream:
 
     def _again(self, edits: Sequence[str]) -> list[str]:
         """Give a key of its own to each of these edits that the balls behind it, which had to give way, no longer answer."""
-        waiting, made = list(edits) if self.config.guard else [], list[str]()
-        for edit in waiting:
-            part = self._latest[edit]
-            entry = int(self.book.find(part.key[None])[0])
-            if edit in made or (entry >= 0 and self.book.labels[entry] == part.label):
-                continue
-            done = self.book.insert(part.key, part.value, part.radius, part.label, edit)
-            if done.outcome in ("cover", "expand"):
-                part = replace(part, value=self.book.values[done.entry].clone())
-            self.book.set_value(done.entry, part.value)
-            self._note(part)
-            made.append(edit)
-            waiting += done.shrunk
+        waiting, made = list(dict.fromkeys(edits)) if self.config.guard else [], list[str]()
+        while waiting:
+            found = self.book.find(torch.stack([self._latest[edit].key for edit in waiting]))[0].tolist()
+            lost = [
+                e
+                for e, at in zip(waiting, found, strict=True)
+                if at < 0 or self.book.labels[at] != self._latest[e].label
+            ]
+            waiting = []
+            for part in (self._latest[edit] for edit in lost if edit not in made):
+                done = self.book.insert(part.key, part.value, part.radius, part.label, part.edit)
+                if done.outcome in ("cover", "expand"):
+                    part = replace(part, value=self.book.values[done.entry].clone())
+                self.book.set_value(done.entry, part.value)
+                self._note(part)
+                made.append(part.edit)
+                waiting += done.shrunk
         return made
 
     # -- keys and values ---------------------------------------------------------------------------------------------
