@@ -23,6 +23,7 @@ from errata.editors._learned import read_artefact
 from errata.editors.mend import MEND, Residual
 from errata.errors import AnatomyError, ConfigError
 from errata.maths.moments import Standardise
+from errata.merge import merge
 from errata.model.anatomy import anatomy, submodule
 from errata.model.generate import greedy_answers
 from errata.model.targets import supervised
@@ -235,6 +236,22 @@ def test_fit_is_one_column_a_token_of_each_request(
     assert patch.report[FRANCE.id]["trained"] == read_artefact(Path(str(editor.config.artefact)))[0]["content"][:12]
     with pytest.raises(ConfigError, match="`errata train mend --model MODEL`"):
         MEND(artefact=str(tmp_path / "none")).fit(model, tokenizer, [FRANCE])
+
+
+def test_edits_follow_one_another_in_the_weights(
+    tiny: Tiny, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """With an earlier edit merged the artefact still serves, and the gradient is that of the merged weights."""
+    model = tiny("gpt2")
+    editor = trained(model, tokenizer, tmp_path, rate=0.05)
+    first, alone = (editor.fit(model, tokenizer, [r]) for r in (FRANCE, NEEDLE))
+    merged = merge(first, model, tokenizer)
+    for fitting in (editor, MEND(editor.config)):
+        after = fitting.fit(model, tokenizer, [NEEDLE])
+        assert after.low_rank[0].U.shape == alone.low_rank[0].U.shape
+        assert not torch.allclose(after.low_rank[0].U, alone.low_rank[0].U, atol=1e-4)
+    merged.unmerge()
+    assert editor.fit(model, tokenizer, [NEEDLE]) == alone
 
 
 @pytest.mark.parametrize("family", [*ANSWERERS, *CLASSIFIERS])

@@ -11,11 +11,16 @@ from transformers import PreTrainedTokenizerFast
 
 import errata
 from conftest import LABELS, hooks_of, tiny_model, tiny_other
+from errata.atlas.requests import counterfactual_requests
+from errata.atlas.training import training_items
+from errata.atlas.world import load_world
 from errata.counterfactual import Counterfactual
 from errata.edit import EditRequest
+from errata.editors._learned import read_artefact
 from errata.editors.serac import SERAC, record_ids
 from errata.errors import ConfigError, PatchFormatError, RequestError, UnsupportedModelError
-from errata.model.generate import greedy
+from errata.model.generate import greedy, says
+from errata.model.loading import bundled
 from errata.model.states import last_states
 from errata.model.tokens import pad, token_ids
 from errata.patch import Patch, attach_rows
@@ -237,3 +242,25 @@ def test_what_it_refuses(
         wrong_sizes.model(torch.device("cpu"))
     assert record_ids(tokenizer, "a", "b") == token_ids(tokenizer, ["a b\n"])[0]
     assert tiny_model("gpt2").config.n_layer == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("atlas" not in bundled(), reason="the bundled weights are missing")
+@pytest.mark.atlas
+def test_on_atlas_a_short_training_edits_facts_that_it_has_not_seen(tmp_path: Path) -> None:
+    """Trained on a few dev facts, the memory answers edits of others, in their own words, and leaves the rest as it is."""
+    world, (model, tokenizer) = load_world(), errata.load("atlas")
+    items = training_items(world, "atlas", 60, drawn=2)
+    editor = SERAC(steps=150, every=150, held_out=8, batch=8)
+    path = editor.train(model, tokenizer, items, tmp_path)
+    known = {item.prompt for item in items}
+    requests = [r for r in counterfactual_requests(world, 40, split="dev", seed=7) if r.text not in known][:20]
+    patch = SERAC(artefact=str(path)).fit(model, tokenizer, requests)
+    elsewhere = [item.locality[0][0] for item in items[::8]]
+    before = greedy(model, tokenizer, elsewhere, 8)
+    with patch.attach(model, tokenizer):
+        answers = greedy(model, tokenizer, [r.text for r in requests], 8)
+        same = [a == b for a, b in zip(greedy(model, tokenizer, elsewhere, 8), before, strict=True)]
+    right = sum(says(a, r.target_new) for a, r in zip(answers, requests, strict=True))
+    print(right, len(requests), sum(same), len(same), read_artefact(path)[0]["curve"])
+    assert right >= 0.7 * len(requests) and sum(same) >= 0.8 * len(same)

@@ -389,7 +389,7 @@ class HyperEditor(LearnedEditor[H]):
         maps = self.maps(model, config)
         columns: list[list[tuple[str, Tensor, Tensor]]] = [[] for _ in maps]
         biases, report = list[Part](), dict[str, dict[str, Any]]()
-        with quiet(model), _without_gradients(model), torch.random.fork_rng():
+        with quiet(model), _without_gradients(model), torch.random.fork_rng(devices=[]):
             network = self.network(model, maps, config)
             network.load_state_dict(tensors)
             network.eval().requires_grad_(False)

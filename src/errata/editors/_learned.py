@@ -9,11 +9,13 @@ import hashlib
 import json
 import random
 import time
+import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +27,7 @@ from errata.editor import Editor, Progress, quiet
 from errata.editors._value_search import _without_gradients
 from errata.errors import BaseMismatchError, ConfigError
 from errata.files import cache_directory, write_atomically
+from errata.model.attached import MERGED
 from errata.model.fingerprint import base_of, check_base
 from errata.patch import _digest, _sorted
 from errata.training import TrainingItem, digest
@@ -148,7 +151,7 @@ class LearnedEditor(Editor[C]):
             "items": {"n": len(items), "digest": digest(items)}, "base": base_of(model, tokenizer),
         }  # fmt: skip
         path, checkpoint = out / f"{self.name}.safetensors", out / f"{self.name}.checkpoint"
-        with quiet(model), _without_gradients(model), torch.random.fork_rng():
+        with quiet(model), _without_gradients(model), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             learner = self.learner(model, tokenizer, training, held_out, seed)
             step, curve, spent = _resume(checkpoint, identity, learner)
@@ -199,10 +202,19 @@ class LearnedEditor(Editor[C]):
     def trained(self, model: Any, tokenizer: Any) -> tuple[C, dict[str, Any], dict[str, Tensor]]:
         """(this config as the artefact was trained with it, the artefact's header, its tensors).
 
-        Raises ConfigError that names the command where there is no artefact, or it is another method's or damaged;
-        BaseMismatchError for another model's.
+        Edits merged into the model are left out of account. The file is read once for a model. Raises ConfigError that names the
+        command where there is no artefact, or it is another method's or damaged; BaseMismatchError for another model's.
         """
-        path = self.artefact_path(model, tokenizer)
+        known: _Known[C] | None = vars(self).get("_known")
+        if known is None or not known.serves(model, tokenizer):
+            with unmerged(model):
+                path = self.artefact_path(model, tokenizer)
+                found = self._read(path, model, tokenizer)
+            known = _Known(path, path.stat().st_mtime_ns, weakref.ref(model), weakref.ref(tokenizer), found)
+            vars(self)["_known"] = known
+        return known.found
+
+    def _read(self, path: Path, model: Any, tokenizer: Any) -> tuple[C, dict[str, Any], dict[str, Tensor]]:
         name = str(getattr(model.config, "_name_or_path", "")) or "MODEL"
         preset = next((p for p, changes in self.presets.items() if changes.get("name") == self.config.name), None)
         option = f" --preset {preset}" if preset and self.config.name else ""
@@ -223,6 +235,30 @@ class LearnedEditor(Editor[C]):
         known = {f.name for f in fields(self.config)} - set(self.fit_only)  # type: ignore[arg-type]
         values = {k: _tuples(v) for k, v in header["config"].items() if k in known}
         return replace(self.config, **values), header, tensors  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class _Known(Generic[C]):
+    """What was read from an artefact for a model, which it was checked against then."""
+
+    path: Path
+    written: int
+    model: "weakref.ref[Any]"
+    tokenizer: "weakref.ref[Any]"
+    found: tuple[C, dict[str, Any], dict[str, Tensor]]
+
+    def serves(self, model: Any, tokenizer: Any) -> bool:
+        """Whether it is of this model, and the file is still the one that was read."""
+        same = self.model() is model and self.tokenizer() is tokenizer
+        return same and self.path.is_file() and self.path.stat().st_mtime_ns == self.written
+
+
+@contextmanager
+def unmerged(model: Any) -> Iterator[None]:
+    """Inside, edits that were merged into the model's weights are out of them."""
+    merged = vars(model).get(MERGED)
+    with merged.undone() if merged is not None else nullcontext():
+        yield
 
 
 def default_folder(model: Any, tokenizer: Any) -> Path:

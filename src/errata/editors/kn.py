@@ -57,7 +57,7 @@ class KNConfig:
     threshold: float = 0.2
     share: float = 0.4
     refine: bool = True
-    prompts: int = 10
+    prompts: int = 5
     erase: float = 1.0
     update: float = 8.0
     tokens: Literal["each", "at_prompt"] = "each"

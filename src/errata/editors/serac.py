@@ -81,6 +81,7 @@ class SERACConfig(LearnedConfig):
 
 
 DIRECTIONS = 4  # of the states, for each of phi's
+PAIRS = 8  # items that g sees for each that h does
 FAINT = 1e-3  # beta below which a soft mixture is not made
 
 
@@ -268,6 +269,7 @@ class SERACLearner(Learner):
         if len(items) < 2:
             raise ConfigError(f"expected at least 2 training items, found {len(items)}")
         self.batches = Batches(self.n, config.batch, seed)
+        self.pairs = Batches(self.n, config.batch * PAIRS, seed + 1)
         self.wordings = [(item.prompt, *item.rephrases[: config.wordings]) for item in self.items]
         texts = [text for own, item in zip(self.wordings, self.items, strict=True) for text in (*own, *_stays(item))]
         self.index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
@@ -285,21 +287,19 @@ class SERACLearner(Learner):
         self._ids: dict[str, list[int]] = {}
 
     def step(self, number: int) -> float:
-        """One batch through both."""
+        """One batch through h, and many times as many items through g, whose inputs are known."""
         config, rng, chosen = self.config, self.batches.draws(number), self.batches.at(number)
-        rows, wordings, pairs = list[Row](), list[str](), list[tuple[int, int, bool]]()
+        rows, wordings = list[Row](), list[str]()
         for i in chosen:
             item, wording = self.items[i], rng.choice(self.wordings[i])
             target = self.items[rng.choice(chosen)].target_new if rng.random() < config.shuffled else item.target_new
             rows.append(self._row(item.prompt, target, wording))
             wordings.append(wording)
-            own = self.index[item.prompt]
-            pairs.append((own, self.index[wording], True))
-            others = [self.index[rng.choice(self.wordings[j])] for j in chosen if self.fact[j] != self.fact[i]]
-            near = rng.sample(self.near[i], min(config.negatives, len(self.near[i])))
-            stays = [self.index[text] for text in _stays(item)]
-            pairs += [(own, other, False) for other in (*others, *near, *stays)]
-        loss = self._labelled(rows, pairs) if config.supervised else self._mixed(chosen, wordings, rows)
+        if config.supervised:
+            loss = _losses(self.module.h, rows).mean()
+            loss = loss + self.scope_loss(number).to(loss.device)
+        else:
+            loss = self._mixed(chosen, wordings, rows)
         for optimiser in self.optimisers.values():
             optimiser.zero_grad()
         loss.backward()
@@ -308,13 +308,25 @@ class SERACLearner(Learner):
             optimiser.step()
         return float(loss.detach())
 
-    def _labelled(self, rows: Sequence[Row], pairs: Sequence[tuple[int, int, bool]]) -> Tensor:
-        """NLL of h, and binary cross-entropy of g with pairs in scope and out of it weighed alike."""
-        log_beta = self._log_beta([p[:2] for p in pairs])
-        inside = torch.tensor([p[2] for p in pairs])
-        out = -torch.log(-torch.expm1(log_beta[~inside].clamp(max=-1e-6)))
-        scope = -log_beta[inside].mean() + (out.mean() if len(out) else 0.0)
-        return _losses(self.module.h, rows).mean() + scope.to(input_device(self.model))
+    def scope_loss(self, number: int) -> Tensor:
+        """Binary cross-entropy of g in a step: wordings in scope, and out of it as much for near texts as for any others'."""
+        rng, chosen = self.batches.draws(number), self.pairs.at(number)
+        own = torch.tensor([self.index[self.items[i].prompt] for i in chosen])
+        wording = torch.tensor([self.index[rng.choice(self.wordings[i])] for i in chosen])
+        facts = torch.tensor([self.fact[i] for i in chosen])
+        near = [
+            (self.index[self.items[i].prompt], other)
+            for i in chosen
+            for other in (
+                *rng.sample(self.near[i], min(self.config.negatives, len(self.near[i]))),
+                *(self.index[text] for text in _stays(self.items[i])),
+            )
+        ]
+        z, x = ((self.states[side] @ self.module.weight) for side in (own, wording))
+        apart = -self.config.scale * (z[:, None] - x[None]).square().sum(-1)
+        outside = [apart[facts[:, None] != facts[None]], self._log_beta(near)]
+        wrong = [-torch.log(-torch.expm1(log.clamp(max=-1e-6))).mean() for log in outside if len(log)]
+        return -apart.diagonal().mean() + torch.stack(wrong).mean() if wrong else -apart.diagonal().mean()
 
     def _mixed(self, chosen: Sequence[int], wordings: Sequence[str], rows: Sequence[Row]) -> Tensor:
         """Published: the new object's likelihood through (1 - beta) p_f + beta p_h, and KL(p_f || mixture) where it must stay."""
@@ -369,6 +381,8 @@ class SERACLearner(Learner):
 
     def _log_beta(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
         """(n,) log g of pairs of texts' numbers, on the CPU."""
+        if not pairs:
+            return torch.empty(0)
         z, x = (self.states[list(side)] for side in zip(*pairs, strict=True))
         return self.module.log_beta(z, x, self.config.scale)
 
