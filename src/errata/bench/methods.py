@@ -31,7 +31,7 @@ def is_atlas(model_name: str) -> bool:
 
 
 def resolved(method: Method, model: Any, model_name: str) -> Method:
-    """The method with `preset="model"` replaced by a preset's name, by none, or by STEAM's options; any other as it is.
+    """The method with `preset="model"` replaced by the name of the model's preset, by none, or by STEAM's options; any other as it is.
 
     `preset="model-l"` is fine-tuning's with a limit on the weights.
 
@@ -42,7 +42,7 @@ def resolved(method: Method, model: Any, model_name: str) -> Method:
     from errata.editors._models import for_model
 
     row = for_model(model)
-    name = row.name if row else ""
+    name = row.name if row else model_name
     if method.preset == LIMITED:
         there = f"{name}-l" in get_editor(method.editor).presets
         changes = {} if there else {"norm": "linf", "eps": EPS}
