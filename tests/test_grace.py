@@ -107,7 +107,7 @@ def test_keys_at_the_subject_serve_every_continuation(tiny: Tiny, tokenizer: Pre
     """The subject's last token asks wherever a text goes on from it: its output there is the value."""
     model = tiny("llama", layers=3)
     patch = GRACE(layer=0, key="subject", radius=0.01, steps=25, lr=1.0).fit(model, tokenizer, [FRANCE])
-    path, value = anatomy(model).mlp_out[0], patch.outputs[0].value
+    path, value = anatomy(model).mlp_out[0].rsplit(".", 1)[0], patch.outputs[0].value
     at = len(tokenizer("The capital of France")["input_ids"]) - 1
     with patch.attach(model, tokenizer), torch.no_grad(), Capture(model, [path]) as seen:
         model(input_ids=torch.tensor([tokenizer("The capital of France was moved")["input_ids"]]), use_cache=False)

@@ -153,16 +153,18 @@ def test_a_stream_of_the_docket() -> None:
     early = upstream(100)
     requests = [EditRequest(prompt=c.text, target_new=str(c.label)) for c in cases]  # numbers name classes too
     plain = predicted_labels(model, tokenizer, [c.text for c in cases])
-    patch = GRACE().fit(model, tokenizer, requests)
+    patch = GRACE.preset("atlas-docket").fit(model, tokenizer, requests)
     edited = [r for r in requests if patch.report[r.id].get("outcome") != "already"]
     wrong = sum(said != names[c.label] for said, c in zip(plain, cases, strict=True))
     assert 0 < len(edited) <= wrong
     book = Site(patch.outputs).book
-    assert book is not None and len(book) <= len(edited)
+    assert book is not None and len(book) <= len(edited) + sum(len(r.get("again", ())) for r in patch.report.values())
     with patch.attach(model, tokenizer):
         now = predicted_labels(model, tokenizer, [r.text for r in requests])
         kept = predicted_labels(model, tokenizer, [c.text for c in early])
-    assert sum(a == names[c.label] for a, c in zip(now, cases, strict=True)) >= 39
+    said = dict(zip((r.id for r in requests), now, strict=True))
+    held = sum(said[r.id] == names[int(r.target_new)] for r in edited)
+    assert held >= len(edited) - 1 and sum(a == names[c.label] for a, c in zip(now, cases, strict=True)) >= 36
     assert sum(a == names[c.label] for a, c in zip(kept, early, strict=True)) >= 85
 
 

@@ -287,9 +287,9 @@ def stream_table(
 
 def keys_per_edit(reports: Any) -> float | None:
     """Keys that a codebook has for each edit, from the reports of fits; None for methods without a codebook."""
-    outcomes = [json.loads(text).get("outcome") for text in reports]
-    known = [outcome for outcome in outcomes if outcome is not None]
-    return round(sum(outcome in NEW_KEYS for outcome in known) / len(known), 3) if known else None
+    known = [report for report in map(json.loads, reports) if report.get("outcome") is not None]
+    keys = sum((report["outcome"] in NEW_KEYS) + len(report.get("again", ())) for report in known)
+    return round(keys / len(known), 3) if known else None
 
 
 def left_out(run: Path) -> dict[str, str]:

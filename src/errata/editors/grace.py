@@ -7,8 +7,10 @@ in order, each on the model as the earlier ones left it; one that the model alre
 so. Emits a codebook part for each edit.
 
 Differs from the published code by default (preset "published" restores it): every token asks for itself, so that cached and
-whole texts agree; the nearest *containing* ball answers, and balls of different labels never overlap; labels are equal target
-ids; values start from the map's own output and stop once the model says the object.
+whole texts agree; the nearest *containing* ball answers, and balls of different labels never overlap; an edit whose ball had
+to give way to another label's, and that it no longer holds, gets a key of its own, and a value that several edits share is
+trained for all of them; labels are equal target ids; values start from the map's own output and stop once the model says the
+object.
 
 On an encoder-decoder the layer may be one of the encoder ("encoder.4", as published for T5, where the prompt's tokens are
 replaced) or of the decoder, which asks at its start token. A classifier asks at its first token, which its head reads.
@@ -49,7 +51,9 @@ from errata.model.states import input_device
 from errata.output_table import book_reply, replaced
 from errata.patch import Patch, check_fits
 
-REACH = 0.6  # of a key's own length: chosen on Atlas's dev facts, between other phrasings of a fact and other facts
+# Of a key's own length: chosen on Atlas's dev facts, between other phrasings of a fact and other facts; and of a classifier,
+# whose cases of a class lie close together, on the docket's dev topics, between late cases and early ones.
+REACH, CLOSE = 0.6, 0.13
 AHEAD = 64  # requests whose values are searched as one batch
 ALONE: dict[Replace, Replace] = {"each": "last"}  # where a value is trained by itself, only the token that asks has it
 
@@ -63,10 +67,10 @@ class GRACEConfig:
     None: the MLP, or the first of its maps where it is no module of its own (BERT). key: the token that asks, the prompt's
     "last" or "first", or the "subject"'s (only where each token asks for itself); None: the first of a classifier, else the
     last. replace: see `Place`; None: "each" in a decoder, in an encoder the one token that asks ("last"). radius: of a new
-    ball (the paper's epsilon), activation units; None for 0.6 |key|. start: "warm", the map's own output or "cold" U[0, 1);
-    training: plain "gradient" descent or with N(0, noise) added to the value at each step ("perturbed"). steps, lr (Adam's,
-    activation units), stop (nats, 0 for never), norm: weight of the penalty (|value - output| / |output|)^2, for warm
-    values at the MLP's output. expand, guard, defer, match, same: see `Rules`; same
+    ball (the paper's epsilon), activation units; None for 0.6 |key| (0.13 |key| of a classifier). start: "warm", the map's
+    own output or "cold" U[0, 1); training: plain "gradient" descent or with N(0, noise) added to the value at each step
+    ("perturbed"). steps, lr (Adam's, activation units), stop (nats, 0 for never), norm: weight of the penalty (|value -
+    output| / |output|)^2, for warm values at the MLP's output. expand, guard, defer, match, same: see `Rules`; same
     is at least 0.02 on models in half precision. skip: leave out what the model already says. ending: text that the model is
     to say behind the new object.
     """
@@ -138,6 +142,7 @@ class GRACE(Editor[GRACEConfig]):
     Config = GRACEConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "published": _PUBLISHED,
+        "atlas-docket": {"layer": 1},
         "t5-small": {**_PUBLISHED, "layer": "encoder.4", "radius": 3.0, "steps": 200},
         "bert-base": {**_PUBLISHED, "layer": 10, "key": "last"},
         "gpt2-xl": {**_PUBLISHED, "replace": "last", "layer": 35, "site": "mlp_in", "steps": 200},
@@ -166,18 +171,19 @@ class GRACE(Editor[GRACEConfig]):
         before = onto or Patch(self.method, asdict(self.config), (), base_of(model, tokenizer), ())
         _check_onto(before, place, rules, model, tokenizer)
         items = items_of(tokenizer, requests, self.config.ending)
-        made: list[CodebookEntry] = [part for part in before.parts if isinstance(part, CodebookEntry)]
         report: dict[str, dict[str, Any]] = {}
         with quiet(model), _without_gradients(model):
             stream = _Stream(self.config, model, tokenizer, place, key, Codebook(rules), seed)
-            for known in made:
-                known.insert_into(stream.book)
+            stream.know(
+                [*before.requests, *requests], [*items_of(tokenizer, before.requests, self.config.ending), *items]
+            )
+            for known in before.parts:
+                stream.keep(known)
             with Hooks(model, forward=[(place.path(parts), stream.hook)]):
                 for begin in range(0, len(items), AHEAD):
                     stream.look_ahead(requests[begin : begin + AHEAD], items[begin : begin + AHEAD])
                     for i in range(begin, min(begin + AHEAD, len(items))):
-                        one, report[requests[i].id] = stream.edit(requests[i], items[i])
-                        made += [one] if one is not None else []
+                        report[requests[i].id] = stream.edit(requests[i], items[i])
                         if progress is not None:
                             progress(i + 1, len(items))
                 said = stream.says(items)
@@ -185,7 +191,7 @@ class GRACE(Editor[GRACEConfig]):
         for request, right in zip(requests, said, strict=True):
             report[request.id] |= {"layer": place.layer, "converged": right} | clashes.get(request.id, {})
         return replace(
-            before, requests=before.requests + tuple(requests), parts=tuple(made), report=before.report | report
+            before, requests=before.requests + tuple(requests), parts=tuple(stream.parts), report=before.report | report
         )
 
 
@@ -220,6 +226,9 @@ class _Stream:
         self._own: Tensor | None = None  # a value for each running item, while they are trained together
         self._off = False
         self._keys: dict[str, Tensor] = {}
+        self.parts: list[CodebookEntry] = []
+        self._latest: dict[str, CodebookEntry] = {}
+        self._items: dict[str, Item] = {}
         self._outputs: dict[str, Tensor] = {}
         self._starts: dict[str, tuple[Tensor, dict[str, Any]]] = {}
 
@@ -256,35 +265,66 @@ class _Stream:
         found = self._search([requests[i] for i in wrong], [items[i] for i in wrong])
         self._starts = dict(zip((requests[i].id for i in wrong), found, strict=True))
 
-    def edit(self, request: EditRequest, item: Item) -> tuple[CodebookEntry | None, dict[str, Any]]:
-        """Take one request: its entry, None if the model says it already, and its report."""
+    def know(self, requests: Sequence[EditRequest], items: Sequence[Item]) -> None:
+        """Which items stand behind requests."""
+        self._items = {r.id: item for r, item in zip(requests, items, strict=True)}
+
+    def keep(self, part: Any) -> None:
+        """Take up an edit that was fitted before."""
+        part.insert_into(self.book)
+        self._note(part)
+
+    def _note(self, part: CodebookEntry) -> None:
+        self.parts.append(part)
+        self._latest[part.edit] = part
+
+    def edit(self, request: EditRequest, item: Item) -> dict[str, Any]:
+        """Take one request, unless the model says it already; its report."""
         if self.config.skip and self.says([item])[0]:
-            return None, {"outcome": "already"}
+            return {"outcome": "already"}
         if request.id not in self._starts:  # it was right before an edit of this batch came in its way
             self._starts[request.id] = self._search([request], [item])[0]
         label = wanted(self.model, item)[1]
         key, (value, notes) = self._keys[request.id], self._starts[request.id]
-        radius = float(REACH * torch.linalg.vector_norm(key)) if self.config.radius is None else self.config.radius
+        reach = CLOSE if anatomy(self.model).role == "classifier" else REACH
+        radius = self.config.radius or float(reach * torch.linalg.vector_norm(key))
         done = self.book.insert(key, value, radius, label, request.id)
         kept = done.outcome in ("cover", "expand")  # the value is its entry's, trained for an earlier edit
-        if kept or (
-            self.config.stop > 0 and not self.says([item])[0]
-        ):  # or what answers its other tokens is in the way
-            notes = self._train(item, done.entry)
-        own = CodebookEntry(
-            request.id,
-            key,
-            self.book.values[done.entry].clone(),
-            radius,
-            label,
-            self.place,
-            self.book.rules,
-        )
+        if kept:
+            notes = {"steps": 0}
+        # A shared value may not do for this item, and what the book says to its other tokens may be in the way of its own.
+        if (kept or notes["stopped"]) and not (self.config.stop and self.says([item])[0]):
+            notes = self._train(self._behind(done.entry) if self.config.guard else [item], done.entry)
+        value = self.book.values[done.entry].clone()
+        self._note(CodebookEntry(request.id, key, value, radius, label, self.place, self.book.rules))
         about: dict[str, Any] = {"outcome": done.outcome, "radius": round(float(self.book.radii[done.entry]), 6)}
         if math.isfinite(done.distance):
             about["distance"] = round(done.distance, 6)
         about |= {name: list(tags) for name in ("shrunk", "replaced") if (tags := getattr(done, name))}
-        return own, about | notes
+        if again := self._again(done.shrunk):
+            about["again"] = again
+        return about | notes
+
+    def _again(self, edits: Sequence[str]) -> list[str]:
+        """Give a key of its own to each of these edits that the balls behind it, which had to give way, no longer answer."""
+        waiting, made = list(dict.fromkeys(edits)) if self.config.guard else [], list[str]()
+        while waiting:
+            found = self.book.find(torch.stack([self._latest[edit].key for edit in waiting]))[0].tolist()
+            lost = [
+                e
+                for e, at in zip(waiting, found, strict=True)
+                if at < 0 or self.book.labels[at] != self._latest[e].label
+            ]
+            waiting = []
+            for part in (self._latest[edit] for edit in lost if edit not in made):
+                done = self.book.insert(part.key, part.value, part.radius, part.label, part.edit)
+                if done.outcome in ("cover", "expand"):
+                    part = replace(part, value=self.book.values[done.entry].clone())
+                self.book.set_value(done.entry, part.value)
+                self._note(part)
+                made.append(part.edit)
+                waiting += done.shrunk
+        return made
 
     # -- keys and values ---------------------------------------------------------------------------------------------
 
@@ -369,11 +409,15 @@ class _Stream:
             return output
         return torch.rand(len(output), generator=self.generator, dtype=output.dtype)
 
-    def _train(self, item: Item, at: int) -> dict[str, Any]:
-        """Train an entry's value on one item through the model with the book; notes for the report."""
+    def _behind(self, entry: int) -> list[Item]:
+        """The items that an entry answers."""
+        return [self._items[edit] for edit in self.book.tags[entry]]
+
+    def _train(self, items: Sequence[Item], at: int) -> dict[str, Any]:
+        """Train an entry's value on items through the model with the book; notes for the report: the worst item's loss."""
         config, curve = self.config, list[float]()
         leaf = self.book.values[at].clone().requires_grad_()
-        optimiser, self._running = torch.optim.Adam([leaf], config.lr), [item]
+        optimiser, self._running = torch.optim.Adam([leaf], config.lr), items
         index = torch.tensor([at], device=leaf.device)
         try:
             for _ in range(config.steps):
@@ -381,11 +425,12 @@ class _Stream:
                 with torch.enable_grad():
                     own = leaf + noise.to(leaf.device) if config.training == "perturbed" else leaf
                     self._values = self.book.values.index_copy(0, index, own[None])
-                    loss = losses_of(self.model, [item])[0]
-                curve.append(round(float(loss.detach()), 4))
-                if curve[-1] < config.stop or not loss.requires_grad:
+                    losses = losses_of(self.model, items)
+                    total = losses.sum()
+                curve.append(round(float(losses.detach().max()), 4))
+                if curve[-1] < config.stop or not total.requires_grad:
                     break
-                (leaf.grad,) = torch.autograd.grad(loss, [leaf])
+                (leaf.grad,) = torch.autograd.grad(total, [leaf])
                 optimiser.step()
         finally:
             self._values = None

@@ -19,7 +19,7 @@ def methods(changes: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[Met
     """The paper's methods, and GRACE as published. changes: options by label."""
     own = changes or {}
     found = (
-        Method("grace", "grace", "stream"),
+        Method("grace", "grace", "stream", "model"),
         Method("grace-published", "grace", "stream", "published"),
         Method("ft", "ft", "stream", "grace"),
         Method("ft-ewc", "ft_ewc", "stream"),
