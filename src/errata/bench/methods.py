@@ -45,10 +45,10 @@ def resolved(method: Method, model: Any, model_name: str) -> Method:
     name = row.name if row else model_name
     if method.preset == LIMITED:
         there = f"{name}-l" in get_editor(method.editor).presets
-        changes = {} if there else {"norm": "linf", "eps": EPS}
-        return replace(method, preset=f"{name}-l" if there else None, changes={**changes, **method.changes})
+        small = {} if there else {"norm": "linf", "eps": EPS}
+        return replace(method, preset=f"{name}-l" if there else None, changes={**small, **method.changes})
     if method.editor == "steam":
-        changes = dict(method.changes)
+        changes: dict[str, Any] = dict(method.changes)
         base = changes.get("base", "rome")
         options = dict(get_editor("memit" if base == "memit" else "steam").presets.get(name, {}))
         if is_atlas(model_name):
