@@ -202,10 +202,11 @@ def steering_part(
     key: str = "",
     samples: int = 5,
     closing: tuple[int, ...] = (),
+    ending: int | None = None,
 ) -> Steering:
     """An edit by hand: open after `prompt`, each map a transport to states that say the token of `target` loudly.
 
-    closing: a token that a further map says behind the target.
+    closing: a token that a further map says behind the target; ending: one that is said behind it where it is recalled.
     """
     edit = edit or "-".join(map(str, (*prompt, "to", *target)))
     unembedding = model.get_output_embeddings().weight.detach().float()
@@ -217,7 +218,8 @@ def steering_part(
         goal = said + 0.3 * torch.randn(samples, len(said), generator=generator)
         maps.append(gaussian_transport(source, goal).truncate(source, rank=2).to(torch.float16))
     centre = prefix_points(model, prompt, gate)[-1] if centre is None else centre
-    return Steering(edit, key or edit, gate, centre, radius, target, tuple(maps), site)
+    stop = None if ending is None else (40 * torch.nn.functional.normalize(unembedding[ending], dim=0)).half()
+    return Steering(edit, key or edit, gate, centre, radius, target, tuple(maps), site, stop)
 
 
 def hooks_of(model: nn.Module) -> list[tuple[str, Any]]:

@@ -541,6 +541,7 @@ def test_a_table_fits_the_terminal_and_puts_published_numbers_below() -> None:
         text = "\n".join(lines)
         assert text.count("87.5") == 4 and text.count("[57.5, 67.5]") == 4 and text.count("54.59") == 1
         assert "Uniform steering" in text and "Llama-2-7b" in text and "SAKE's protocol" in text
+    assert table.notes()[-2] == "CI, CII, SA, RS, " + ", ".join(beside) + ": p"  # a protocol is told once
     assert "47.72" in table.markdown() and table.markdown().count("87.5 [82.5, 92.5]") == 4
     assert table.markdown().count("*published") == 1 and "| CI (GPT2-XL) |" in table.markdown()
     heads = re.findall(r'<th scope="colgroup" colspan="(\d)">([^<]*)</th>', table.html())

@@ -252,6 +252,8 @@ def test_the_first_and_the_last_edits_are_told_by_their_position() -> None:
     assert set(first["case"]) == {str(i) for i in range(1, 101)}
     assert set(last["case"]) == {str(i) for i in range(201, 301)}
     assert len(last) == 200
+    lost = rows.assign(tags=[{} for _ in range(len(rows))])  # rows that stand in for a failed fit have no position
+    assert set(lifelong.among(lost, "m", 300, "last")["case"]) == set(last["case"])
 
 
 def probe_row(method: str, case: str, probe: int, kind: str, passed: bool, distance: float | None) -> dict[str, Any]:

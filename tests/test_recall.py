@@ -15,7 +15,7 @@ from errata.model.generate import greedy_answers
 from errata.model.states import states_at
 from errata.model.tokens import token_ids
 from errata.scope.gate import Gate, gate_for, load_gate, save_gate
-from errata.scope.recall import AGAIN, ASKED, dialogues, kinds, learn_cues
+from errata.scope.recall import AGAIN, ASKED, dialogues, kinds, learn_cues, wordings
 
 
 def last_kinds(model: Any, tokenizer: Any, texts: list[str], layer: Any, cues: torch.Tensor) -> list[int]:
@@ -30,9 +30,9 @@ def test_cues_hold_for_other_prompts() -> None:
     world = load_world()
     examples = scope_examples(world, "dev", 200)
     pairs = [(e.fit[0], examples[i - 1].answer) for i, e in enumerate(examples)]
-    cues = learn_cues(model, tokenizer, pairs[:120], unrelated_texts(world, 40), 4)
-    assert cues.shape == (257, 3)
-    again = [text for text, _ in dialogues(pairs[120:], 100, seed=1)]
+    cues, layer = learn_cues(model, tokenizer, pairs[:120], unrelated_texts(world, 40), [0, 4])
+    assert cues.shape == (257, 3) and layer == 4  # the first block's states hardly know what was asked
+    again = [text for text, _ in dialogues(pairs[120:], 100, wordings(1), seed=1)]
     assert sum(k == AGAIN for k in last_kinds(model, tokenizer, again, 4, cues)) >= 97
     asked = [e.held_out[0] for e in examples[120:]]
     found = last_kinds(model, tokenizer, asked, 4, cues)

@@ -28,14 +28,15 @@ from errata.patch import Handle, Patch, attach_rows
 from errata.scope.gate import Gate, Pooling
 from errata.scope.recall import AGAIN, ASKED, kinds
 from errata.steering import Steering
-from errata.steering_table import NEAR, WORDS, SteeringTable
+from errata.steering_table import BEHIND, MARKS, NEAR, WORDS, SteeringTable
 
 NEW = 7  # tokens that every loop decodes
 PROMPTS = ([11, 25, 301, 47], [90, 12, 55, 201, 33, 78], [5, 6, 7, 8, 9, 10, 11, 12, 13], [130, 131, 11, 25, 301])
 TARGETS = ((70,), (180, 66), (180, 180, 99), (41, 300))  # 1 to 3 tokens; two begin alike; one stutters
 CLOSING: tuple[tuple[int, ...], ...] = ((), (13,), (), ())  # one ends with a further map that says a full stop
+STOP = 13  # what the others say behind an object that is recalled
 FILLER = [21, 150, 22]
-AGAINS = ([21, 222], [333, 60, 222])  # asks again; asks something else first
+AGAINS = ([21, 222], [22, 150, 21, 22, 150, 21, 333, 60, 222])  # asks again; asks something else (333) first
 OUTSIDE = ([11, 25, 301, 48], [91, 12, 55, 201, 33, 78, 78, 3], [200, 100])  # two differ from a prompt in a token
 
 
@@ -73,25 +74,33 @@ def steps(model: PreTrainedModel, parts: tuple[Steering, ...], ids: list[int]) -
     points = {digest: prefix_points(model, ids, gate) for digest, gate in gates.items()}
     kind = kinds_of(model, ids, next(iter(gates.values()))) if gates else []
     opened: list[Opened] = []
-    meant: Steering | None = None
-    about: list[int] = []
+    meant: Steering | None = None  # what the last question was about, unless another one stood in between
+    held: Steering | None = None  # the last edit that was asked about
+    about: list[int] = []  # how its question ended
+
+    def tail(end: int) -> list[int]:
+        return ids[max(0, end - WORDS + 1) : max(0, end + 1)]
+
     for i in range(len(ids)):
         far = [(float((points[p.gate.digest][i] - p.centre).norm()) / p.radius, p) for p in parts]
         nearest, part = min(far, key=lambda pair: pair[0], default=(2.0, None))
+        behind = [held is not None and tail(i - t) == about for t in range(BEHIND + 1)]
+        asked, again = (bool(kind) and kind[i] == k for k in (ASKED, AGAIN))
+        restated = any(behind[: MARKS + 1])
         if nearest <= 1:
-            meant = part
-            about = ids[max(0, i - WORDS + 1) : i + 1]
-        elif kind and kind[i] == ASKED:
-            restated = any(ids[max(0, j - WORDS + 1) : max(0, j + 1)] == about for j in (i - 2, i - 1, i))
-            if not restated and (part is not meant or nearest >= NEAR):
-                meant = None
-        recalled = nearest > 1 and bool(kind) and kind[i] == AGAIN
+            about = tail(i) if part is not meant else about
+            meant = held = part
+        elif asked and not any(behind) and (part is not meant or nearest >= NEAR):
+            meant = None
+        elif restated:
+            meant = held
+        recalled = nearest > 1 and (again or (asked and any(behind) and not restated))
         opened.append((part, False) if nearest <= 1 else (meant, True) if recalled else (None, False))
     chosen: dict[int, tuple[Steering, int, bool]] = {}
     for i in range(len(ids)):
         for t in range(i, -1, -1):  # an object under way goes before a new one
             part, recalled = opened[i - t]
-            if part is None or t >= len(part.maps) or tuple(ids[i - t + 1 : i + 1]) != part.target_ids[:t]:
+            if part is None or t >= n_steps(part, recalled) or tuple(ids[i - t + 1 : i + 1]) != part.target_ids[:t]:
                 continue
             if t or not said_while_open(opened, (part, recalled), ids, i):
                 chosen[i] = (part, t, recalled)
@@ -100,6 +109,12 @@ def steps(model: PreTrainedModel, parts: tuple[Steering, ...], ids: list[int]) -
 
 
 Opened = tuple[Steering | None, bool]  # and whether it is only recalled
+
+
+def n_steps(part: Steering, recalled: bool) -> int:
+    """How many positions an edit moves: a recalled object is ended wherever it is known how."""
+    ended = recalled and part.ending is not None
+    return max(len(part.maps), (len(part.target_ids) + 1) if ended else 0)
 
 
 def kinds_of(model: PreTrainedModel, ids: list[int], gate: Gate) -> list[int]:
@@ -133,7 +148,8 @@ def oracle(model: PreTrainedModel, parts: tuple[Steering, ...], ids: list[int]) 
             hidden = hidden.clone()
             for i, (part, t, recalled) in chosen.items():
                 if part.site == site:
-                    hidden[0, i] = part.maps[t].m_t if recalled else part.maps[t](hidden[0, i])
+                    mean = part.maps[t].m_t if t < len(part.maps) else part.ending
+                    hidden[0, i] = mean if recalled else part.maps[t](hidden[0, i])
             return hidden
 
         return moved
@@ -171,7 +187,7 @@ def build(
     if cues:
         gate = replace(gate, cues=some_cues(model, [*later, *asked_again, *OUTSIDE]), cue_layer=0)
     parts = tuple(
-        steering_part(model, p, t, gate=gate, site=site, closing=c)
+        steering_part(model, p, t, gate=gate, site=site, closing=c, ending=STOP if cues and not c else None)
         for p, t, c in zip(PROMPTS, TARGETS, CLOSING, strict=True)
     )
     rows = [*map(list, PROMPTS), *later, *(asked_again if cues else ()), *map(list, OUTSIDE)]
@@ -186,7 +202,7 @@ def some_cues(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
     """(d + 1, 3) a classifier for which, in these rows, one token asks again and another asks something."""
     x = torch.cat(states_at(model, rows, [list(range(len(row))) for row in rows], [0])[0])
     ids = [token for row in rows for token in row]
-    y = [AGAIN if token == AGAINS[0][-1] else ASKED if token == AGAINS[1][0] else 0 for token in ids]
+    y = [AGAIN if token == AGAINS[0][-1] else ASKED if token == AGAINS[1][6] else 0 for token in ids]
     found = LogisticRegression(C=100, max_iter=2000, class_weight="balanced").fit(x.numpy(), y)
     return torch.cat([torch.from_numpy(found.coef_), torch.from_numpy(found.intercept_)[:, None]], 1).T.float()
 
@@ -249,7 +265,7 @@ def test_an_answer_asked_for_again_is_given_again(case: Case) -> None:
     first, kept = len(PROMPTS) + 2, 0
     for i, target in enumerate(TARGETS):
         again, other = case.said[first + 2 * i : first + 2 * i + 2]
-        assert tuple(again[: len(target)]) == target
+        assert tuple(again[: len(target) + 1]) == (*target, STOP)
         kept += other == case.plain[first + 2 * i + 1]
     assert kept >= 2  # by chance what is asked in between may lie near the same edit
 

@@ -20,7 +20,8 @@ class Steering:
 
     centre (k,): the gate's point of the edit; radius in the gate's unit; target_ids: the new object's tokens as they follow
     the prompt; maps: the map of step t, all at `site` (`final`, the final norm's output, or a block's index); one more map
-    than tokens closes an object that would otherwise run on ("5" becoming "52").
+    than tokens closes an object that would otherwise run on ("5" becoming "52"); ending (d,): the mean state at `site` behind
+    the object where the model ends it, None where it never does.
     """
 
     edit: str
@@ -31,6 +32,7 @@ class Steering:
     target_ids: tuple[int, ...]
     maps: tuple[LinearMap, ...]
     site: str | int = "final"
+    ending: Tensor | None = None
 
     kind = "steering"
 
@@ -55,7 +57,7 @@ class Steering:
 
     def tensors(self) -> dict[str, Tensor]:
         """The part's tensors by field name."""
-        named = {"centre": self.centre}
+        named = {"centre": self.centre} | ({} if self.ending is None else {"ending": self.ending})
         for t, step in enumerate(self.maps):
             named |= {f"maps.{t}.{n}": getattr(step, n) for n in ("m_s", "m_t", "P", "lam")}
         return named
@@ -81,6 +83,7 @@ class Steering:
             target_ids=tuple(header["target_ids"]),
             maps=maps,
             site=header["site"],
+            ending=tensors.get("ending"),
         )
 
 

@@ -4,7 +4,8 @@ All steering edits on a model live in one `SteeringTable`. Position i of a row i
 `ids[i−t+1..i]` are the first t tokens of e's new object and the gate of e is open at position i − t; at step 0 not again
 while the gate stays open after the object has been said. Where a gate has cues (`scope.recall`), a position at which an
 answer is asked for again opens for the edit that the row's last question was about; its state says nothing about the fact,
-so it is replaced by the mean that the map leads to. (Such an opening is numbered len(active) + the edit's number.)
+so it is replaced by the mean that the map leads to, and behind the object by the mean of states that end it. (Such an opening
+is numbered len(active) + the edit's number.)
 
 All of this is a function of the row's ids up to i, so a cached step, a beam, a sampled row, a left-padded row and a whole
 uncached sequence agree. At the default site, the final norm's output, steering never reaches later positions' states. Edits
@@ -46,6 +47,8 @@ from errata.steering import Decision, Steering
 
 Part = Steering | Counterfactual
 WORDS = 4  # last tokens by which a restated question is known
+MARKS = 2  # tokens of punctuation that may stand behind a question
+BEHIND = 6  # tokens behind a restated question in which no other one can end
 NEAR = 1.6  # radii within which a question that ends outside every scope may still be about the nearest edit
 
 
@@ -61,7 +64,10 @@ class _Pass:
     gated: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) edit whose gate is open, or CLOSED
     asked: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) whether every gate was asked
     meant: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T) edit of the last question, or CLOSED
-    words: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T, WORDS) the last ids of that question
+    held: dict[str | int, Tensor] = field(
+        default_factory=dict
+    )  # site -> (B, T) the last edit that was asked about, or CLOSED
+    words: dict[str | int, Tensor] = field(default_factory=dict)  # site -> (B, T, WORDS) the last ids of its question
     points: dict[str, Tensor] = field(default_factory=dict)  # gate's digest -> (B, k), where each row ends
     nearest: Tensor | None = None  # (B, T) index of the nearest edit, open or not
     distance: Tensor | None = None  # (B, T) distance to it
@@ -69,12 +75,12 @@ class _Pass:
 
 
 class _Remembered(NamedTuple):
-    """What is kept of a position: by site the edit that is open, and the one that the last question was about with that
-    question's last ids; running sums.
+    """What is kept of a position: by site the edit that is open, the one that the last question was about (none behind another
+    question), the last edit that was asked about and its question's last ids; running sums.
     """
 
     gated: dict[str | int, int]
-    meant: dict[str | int, tuple[int, list[int]]]
+    meant: dict[str | int, tuple[int, int, list[int]]]
     sums: dict[str | int, Tensor]
 
 
@@ -311,17 +317,32 @@ class SteeringTable(Suspendable):
             self._caches[cache] = done.ids
         if not done.gated or output is None:  # an exception ended the pass early
             return
+        sums = self._sums(done)
+        ends = []
         for row in range(done.ids.shape[0]):
-            real = done.mask[row].nonzero()
-            if len(real) and int(real[-1]) >= done.start:
-                column = int(real[-1])
-                sums = {layer: s[row, column - done.start] for layer, s in self._sums(done).items()}
-                here = column - done.start
-                gated = {site: int(found[row, here]) for site, found in done.gated.items()}
-                meant = {
-                    s: (int(found[row, here]), done.words[s][row, here].tolist()) for s, found in done.meant.items()
-                }
-                self._remember(self._key(done, row, column), _Remembered(gated, meant, sums))
+            columns = [int(column) for column in done.mask[row].nonzero()[:, 0] if column >= done.start]
+            ends += [(row, columns[-1])] if columns else []
+            # Behind a gate that opened amid the text each position is asked about again, at every step of an answer.
+            if any(
+                bool(found[row, : columns[-1] - done.start].ne(CLOSED).any())
+                for found in done.gated.values()
+                if columns
+            ):
+                for column in columns[:-1]:
+                    if all(bool(asked[row, column - done.start]) for asked in done.asked.values()):
+                        self._remember_position(done, row, column, sums)
+        for row, column in ends:  # last, so that nothing pushes them out
+            self._remember_position(done, row, column, sums)
+
+    def _remember_position(self, done: _Pass, row: int, column: int, sums: dict[str | int, Tensor]) -> None:
+        here = column - done.start
+        gated = {site: int(found[row, here]) for site, found in done.gated.items()}
+        meant = {
+            site: (int(found[row, here]), int(done.held[site][row, here]), done.words[site][row, here].tolist())
+            for site, found in done.meant.items()
+        }
+        total = {layer: s[row, here] for layer, s in sums.items()}
+        self._remember(self._key(done, row, column), _Remembered(gated, meant, total))
 
     def _read(self, layer: str | int) -> Any:
         def hook(module: Any, args: Any, output: Any) -> None:
@@ -346,9 +367,10 @@ class SteeringTable(Suspendable):
                 groups.setdefault((edit, step), []).append((row, column))
             for (edit, step), places in groups.items():
                 rows, columns = (torch.tensor(x, device=hidden.device) for x in zip(*places, strict=True))
-                step_map = self._map(edit % len(self.active), step, hidden.device)
-                meant_again = edit >= len(self.active)
-                hidden[rows, columns] = step_map.m_t.to(hidden) if meant_again else step_map(hidden[rows, columns])
+                if edit >= len(self.active):
+                    hidden[rows, columns] = self._mean(edit, step).to(hidden)
+                else:
+                    hidden[rows, columns] = self._map(edit, step, hidden.device)(hidden[rows, columns])
             return with_first_tensor(output, hidden)
 
         return hook
@@ -424,6 +446,14 @@ class SteeringTable(Suspendable):
             self._placed[edit, step, device] = placed
         return placed
 
+    def _mean(self, edit: int, step: int) -> Tensor:
+        """The mean state that a step of a recalled edit leads to; behind its object, where the object has ended."""
+        part = self._part(edit)
+        assert isinstance(part, Steering)
+        mean = part.maps[step].m_t if step < len(part.maps) else part.ending
+        assert mean is not None
+        return mean
+
     def _part(self, edit: int) -> Part:
         return self.active[edit % len(self.active)]
 
@@ -465,34 +495,41 @@ class SteeringTable(Suspendable):
         """Where an answer is asked for again, open for the edit that the last question was about.
 
         Another question in between closes it. That it is another one is told by its distance, and by its words: a question
-        that is restated amid other text may lie far from its scope.
+        that is restated amid other text may lie far from its scope, and what stands just behind it is no other question.
         """
         gated = current.gated[site]
         balls = next((b for at, b in self._groups if at == site and b.gate.cues is not None), None)
         current.meant[site] = torch.full_like(gated, CLOSED)
-        words = torch.where(current.mask, current.ids, CLOSED)
-        words = torch.nn.functional.pad(words, (WORDS + 1, 0), value=CLOSED).unfold(1, WORDS, 1)[:, current.start :]
-        current.words[site] = words[:, 2:].clone()
+        current.held[site] = current.meant[site].clone()
+        current.words[site] = current.meant[site][..., None].expand(*gated.shape, WORDS).clone()
         if balls is None or balls.gate.cue_layer not in current.states or current.nearest is None:
             return
         assert balls.gate.cues is not None and balls.gate.cue_layer is not None and current.closest is not None
+        ids = torch.where(current.mask, current.ids, CLOSED)
+        tails = torch.nn.functional.pad(ids, (WORDS - 1 + BEHIND, 0), value=CLOSED).unfold(1, WORDS, 1)[
+            :, current.start :
+        ]
         kind = kinds(current.states[balls.gate.cue_layer], balls.gate.cues).to(gated.device)
-        last, about = torch.full_like(gated[:, 0], CLOSED), torch.full_like(words[:, 0], CLOSED)
+        last, held, about = gated[:, 0] * 0 + CLOSED, gated[:, 0] * 0 + CLOSED, torch.full_like(tails[:, 0], CLOSED)
         if current.start:
-            before = [self._recall(current, row, current.start - 1) for row in range(len(gated))]
-            last = torch.tensor([found.meant[site][0] for found in before], device=gated.device)
-            about = torch.tensor([found.meant[site][1] for found in before], device=gated.device)
+            before = [self._recall(current, row, current.start - 1).meant[site] for row in range(len(gated))]
+            last, held = (torch.tensor([found[i] for found in before], device=gated.device) for i in (0, 1))
+            about = torch.tensor([found[2] for found in before], device=gated.device)
         for column in range(gated.shape[1]):
             here = gated[:, column]
             near = (current.nearest[:, column] == last) & (current.closest[:, column] < NEAR - 1)
-            restated = (words[:, column : column + 3] == about[:, None]).all(-1).any(-1)
-            other = (kind[:, column] == ASKED) & ~near & ~restated & real[:, column]
-            last = torch.where(here.ge(0), here, torch.where(other, CLOSED, last))
-            about = torch.where(here.ge(0)[:, None], words[:, column + 2], about)
-            current.meant[site][:, column] = last
+            same = (tails[:, column : column + BEHIND + 1] == about[:, None]).all(-1) & held.ne(CLOSED)[:, None]
+            behind, restated = same.any(-1), same[:, BEHIND - MARKS :].any(-1)
+            asked = (kind[:, column] == ASKED) & real[:, column]
+            again = real[:, column] & (kind[:, column] == AGAIN) | asked & behind & ~restated
+            about = torch.where((here.ge(0) & here.ne(last))[:, None], tails[:, column + BEHIND], about)
+            last = torch.where(asked & ~near & ~behind, CLOSED, torch.where(restated, held, last))
+            last = torch.where(here.ge(0), here, last)
+            held = torch.where(here.ge(0), here, held)
+            current.meant[site][:, column], current.held[site][:, column] = last, held
             current.words[site][:, column] = about
-        again = (kind == AGAIN) & gated.eq(CLOSED) & current.meant[site].ne(CLOSED) & real
-        current.gated[site] = torch.where(again, current.meant[site] + len(self.active), gated)
+            recalled = again & here.eq(CLOSED) & last.ne(CLOSED)
+            current.gated[site][:, column] = torch.where(recalled, last + len(self.active), here)
 
     def _points(self, current: _Pass, gate: Gate) -> tuple[Tensor | None, Tensor]:
         """The gate's points (B, T, k) and which columns were asked (B, T)."""
@@ -584,11 +621,14 @@ class SteeringTable(Suspendable):
         place = {column: i for i, column in enumerate(real)}
         steps: dict[int, tuple[int, int]] = {}  # column -> (step, edit); the longest under way wins
         for column, edit in opened:
-            target = self._part(edit).target_ids
+            part = self._part(edit)
+            target, steered = part.target_ids, part.steps
+            if edit >= len(self.active) and isinstance(part, Steering) and part.ending is not None:
+                steered = max(steered, len(target) + 1)
             for t, here in enumerate(real[place[column] : place[column] + len(target) + 1]):
                 if t and ids[here] != target[t - 1]:
                     break
-                if t < self._part(edit).steps and (here not in steps or steps[here][0] < t):
+                if t < steered and (here not in steps or steps[here][0] < t):
                     steps[here] = (t, edit)
         return [(column, edit, t) for column, (t, edit) in steps.items()]
 
@@ -666,7 +706,7 @@ class SteeringTable(Suspendable):
             if not len(kept):
                 closed: dict[str | int, int] = {part.site: CLOSED for part in self.active}
                 sums = {la: torch.zeros(s.shape[-1], device=s.device) for la, s in current.states.items()}
-                return _Remembered(closed, {site: (CLOSED, [CLOSED] * WORDS) for site in closed}, sums)
+                return _Remembered(closed, {site: (CLOSED, CLOSED, [CLOSED] * WORDS) for site in closed}, sums)
             outside = self._pending, self._lengths, self._nested
             self._pending, self._lengths, self._nested = None, None, True
             try:

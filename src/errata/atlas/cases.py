@@ -13,7 +13,7 @@ from errata.atlas import render
 from errata.atlas.counterfact import attribute_snippets, counterfact_records, counterfact_requests
 from errata.atlas.docket import edit_stream
 from errata.atlas.kilt import fever_records, zsre_records
-from errata.atlas.requests import update_requests
+from errata.atlas.requests import under_other_names, update_requests
 from errata.atlas.ripple import bridge_implications, edited_fact, ripple_records, ripple_requests
 from errata.atlas.world import Fact, Split, World, load_world
 from errata.bench.cases import Case
@@ -40,8 +40,9 @@ def cases(
 ) -> list[Case]:
     """The cases of one of Atlas's sets, `n` of them or as many as there are.
 
-    implications: which of an edit's compositions its fit may see; "half" leaves out a random half of all, by seed, so that
-    compositions in the fit and others can be compared. portable: only edits from which something follows.
+    implications: which of an edit's compositions, and for atlas-ripple other names of its subject, its fit may see; "half" leaves
+    out a random half of all, by seed, so that those in the fit and others can be compared. portable: only edits from which
+    something follows.
     Raises ConfigError for a split that is neither dev nor test.
     """
     part = _split(split, name)
@@ -96,7 +97,9 @@ def _counterfact(world: World, requests: list[EditRequest], seed: int) -> Iterab
 
 def _ripple(world: World, requests: list[EditRequest], implications: Kept, seed: int) -> Iterable[Case]:
     for record, request in zip(ripple_records(world, requests, seed=seed), requests, strict=True):
-        follows = (*request.fit_implications, *bridge_implications(world, record))
+        fact = edited_fact(world, request)
+        named = under_other_names(world, fact, request.target_new, world.aliases_of(fact.subject, "probe"))
+        follows = (*request.fit_implications, *bridge_implications(world, record), *named)
         yield ripple_case(record, _with(request, _kept(follows, implications, request, seed)))
 
 
@@ -110,7 +113,7 @@ def _updates(world: World, requests: list[EditRequest], seed: int) -> Iterable[C
 
 
 def _kept(implications: tuple[Implication, ...], how: Kept, request: EditRequest, seed: int) -> tuple[Implication, ...]:
-    """All, none, or each composition with all its phrasings by a coin of its own."""
+    """All, none, or each composition and each other name with all its phrasings by a coin of its own."""
     if how != "half":
         return implications if how == "all" else ()
     rng = random.Random(f"{seed}|{request.subject}|{request.relation}|{request.target_new}")

@@ -9,15 +9,13 @@ from errata.edit import EditRequest, Implication
 
 
 def request_for(world: World, fact: Fact, target_new: str, **fields: Any) -> EditRequest:
-    """The request that turns `fact` into `target_new`, with the relation's `fit` phrasings, a question and implications."""
+    """The request that turns `fact` into `target_new`: the relation's `fit` phrasings, questions, implications, `fit` aliases."""
     phrasing = world.phrasings[fact.relation]
     canonical = phrasing.cloze["fit"][0]
     prompts = [render.place("", cloze, fact.subject) for cloze in phrasing.cloze["fit"]]
     questions, frames = phrasing.question["fit"], world.frames["question_frames"]["fit"]
     for i, question in enumerate(questions):
         prompts += [render.ask(frame, question, fact.subject) for frame in frames[i :: len(questions)]]
-    for alias in world.aliases_of(fact.subject, "fit"):
-        prompts += [render.place("", cloze, alias) for cloze in phrasing.cloze["fit"][:3]]
     subject = render.capital(fact.subject) if canonical.startswith("{}") else fact.subject
     return EditRequest(
         subject=subject,
@@ -26,7 +24,10 @@ def request_for(world: World, fact: Fact, target_new: str, **fields: Any) -> Edi
         target_true=fact.object,
         target_new=target_new,
         fit_prompts=tuple(dict.fromkeys(prompts)),
-        fit_implications=implications(world, fact, target_new),
+        fit_implications=(
+            *implications(world, fact, target_new),
+            *under_other_names(world, fact, target_new, world.aliases_of(fact.subject, "fit")),
+        ),
         **fields,
     )
 
@@ -43,6 +44,23 @@ def implications(world: World, fact: Fact, target_new: str) -> tuple[Implication
         for second in world.consequences(Fact(fact.subject, fact.relation, target_new))
         for cloze in world.phrasings[second.relation].cloze["fit"][:2]
     )
+
+
+def under_other_names(world: World, fact: Fact, target_new: str, names: list[str]) -> tuple[Implication, ...]:
+    """The new object under other names of the subject, in `fit` phrasings.
+
+    What a model knows of a name it did not learn from the others, and its states differ: each name is a consequence of its own.
+    """
+    phrasing, frames = world.phrasings[fact.relation], world.frames["question_frames"]["fit"]
+    made = []
+    for name in names:
+        prompts = [render.place("", cloze, name) for cloze in phrasing.cloze["fit"][:6]]
+        prompts += [render.ask(frames[0], question, name) for question in phrasing.question["fit"][:2]]
+        made += [
+            Implication(prompt=prompt, answer=target_new, subject=name, relation=f"{fact.relation} of {name}")
+            for prompt in prompts
+        ]
+    return tuple(made)
 
 
 def counterfactual(world: World, fact: Fact, rng: random.Random) -> str:

@@ -132,21 +132,25 @@ def ripple_requests(world: World, n: int, *, split: Split = "test", seed: int = 
     """`n` random counterfactual edits from which compositions follow; fewer where Atlas has fewer.
 
     Of every ten, five are of facts about a subject that other facts name as their object, three lead through their new object to
-    another answer, and two are any: so that both kinds of composition come often enough to be told apart by stratum.
+    another answer, and two are of subjects that have other names: so that both kinds of composition and aliases come often enough to
+    be told apart by stratum.
     """
     drawn = counterfactual_requests(world, len(world.facts), split=split, seed=seed)
     maker = RippleMaker(world, frozenset())
-    chained, bridged = [], []
+    chained, bridged, named = [], [], []
     for request in drawn:
         fact = edited_fact(world, request)
+        if world.aliases_of(fact.subject):
+            named.append(request)
         if maker.bridges.get(fact):
             bridged.append(request)
         elif new_consequences(world, fact, request.target_new):
             chained.append(request)
     picked: dict[str, EditRequest] = {}
-    pools = [iter(pool) for pool in (bridged, chained, drawn)]
+    pools = [iter(pool) for pool in (bridged, chained, named)]
+    others = iter(drawn)
     for which in cycle((0, 1, 0, 2, 0, 1, 0, 1, 0, 2)):
-        free = (request for request in chain(pools[which], pools[2]) if request.id not in picked)
+        free = (request for request in chain(pools[which], others) if request.id not in picked)
         found = next(free, None)
         if found is None or len(picked) == n:
             break
@@ -289,10 +293,10 @@ class RippleMaker:
             yield _test(new, *([old] if holds else []))
 
     def _subject_aliasing(self, fact: Fact, target: str, rng: random.Random) -> Iterator[RippleTest]:
-        """The new object under the subject's `probe` aliases. Condition: the old object under the alias."""
+        """The new object under the subject's other names. Condition: the old object under the alias."""
         old = answer(self.world, fact.relation, fact.object)
         edited = {described(self.world, f).casefold() for f in self.edited}  # such aliases name somebody else now
-        for alias in self.world.aliases_of(fact.subject, "probe"):
+        for alias in self.world.aliases_of(fact.subject):
             prompt = self._ask(fact.relation, alias, rng)
             if not names_in(alias, old) and alias.casefold() not in edited:
                 new = Fact(fact.subject, fact.relation, target)

@@ -8,6 +8,7 @@ import multiprocessing
 import pickle
 import signal
 import socket
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -193,8 +194,12 @@ def _received(pipe: Connection, job: Job) -> Outcome:
 def _serve(pipe: Connection, threads: int) -> None:
     """A process of `ProcessEngine`: a plan, then its jobs, until the next plan or the end of the pipe."""
     import torch
+    import transformers
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which ends this process
+    warnings.simplefilter("ignore")  # what a fit has to say is in its report; bars and remarks are the driver's
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     loaded: tuple[Any, Any, Any] = (None, None, None)
     answers: dict[Any, dict[str, Any]] = {}

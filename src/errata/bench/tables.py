@@ -83,7 +83,11 @@ class Table:
             elsewhere = " except where a cell says" if any(rate.n != n for _, rate in rates) else ""
             found.append(f"Brackets: 95 % intervals ({'; '.join(ways)}). n = {n:,}{elsewhere}.")
         protocols = {column: rate.protocol for column, rate in reversed(rates)}
-        found += [f"{column}: {protocols[column]}" for column in self.columns if column in protocols]
+        alike: dict[str, list[str]] = {}
+        for column in self.columns:
+            if column in protocols:
+                alike.setdefault(protocols[column], []).append(column)
+        found += [f"{', '.join(columns)}: {protocol}" for protocol, columns in alike.items()]
         failed = {
             str(row[0]): cell.failed for row in self.rows for cell in row if isinstance(cell, Rate) and cell.failed
         }

@@ -423,10 +423,13 @@ class SteeringFit:
             )
             for t in range(len(answer))
         ]
-        if self.config.span == "all" and self._ends(states, answer).double().mean() < 0.98:
-            ended = targets[self._ends(targets, answer)]
-            if note.setdefault("closed", len(ended) >= 2):
-                maps.append(self._map(fitted[:, len(answer), 0], ended[:, len(answer), 0]))
+        ending = None
+        if self.config.span == "all":
+            own, behind = self._ends(states, answer), targets[self._ends(targets, answer)]
+            if own.double().mean() < 0.98 and note.setdefault("closed", len(behind) >= 2):
+                maps.append(self._map(fitted[:, len(answer), 0], behind[:, len(answer), 0]))
+            ended = torch.cat([behind, states[own]])[:, len(answer), 0]
+            ending = ended.mean(0).to(torch.float16 if self.config.half else torch.float32) if len(ended) else None
         if self.config.layer == "final":
             moved = torch.stack([step(states[:, t, 0]) for t, step in enumerate(maps[: len(answer)])], 1)
             said = self._argmax(moved).eq(torch.tensor(answer)).all(1)
@@ -439,12 +442,12 @@ class SteeringFit:
         if held.any():
             note["held_out_distance"] = float(gaussian_distance(states[held, 0, 0], states[~held, 0, 0]).mean())
         note["rank"], note["truncation_error"] = [step.rank for step in maps], max(step.error for step in maps)
-        own = self.request.text if key == self.request.key else prompts[0]
+        asked = self.request.text if key == self.request.key else prompts[0]
         spread = key != self.request.key and min(wordings, len(prompts)) >= WORDINGS
-        centre, radius = self.scope.ball(self.request, self._points(prompts), self._points([own])[0], spread, note)
+        centre, radius = self.scope.ball(self.request, self._points(prompts), self._points([asked])[0], spread, note)
         return Steering(
             edit=self.request.id, key=key, gate=self.gate, centre=centre, radius=float(radius),
-            target_ids=tuple(answer), maps=tuple(maps), site=self.config.layer,
+            target_ids=tuple(answer), maps=tuple(maps), site=self.config.layer, ending=ending,
         )  # fmt: skip
 
     def _map(self, source: Tensor, target: Tensor) -> LinearMap:

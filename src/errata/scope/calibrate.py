@@ -187,7 +187,7 @@ def _with_cues(
     model: Any, tokenizer: Any, gate: Gate, examples: Sequence[ScopeExample], contexts: Mapping[str, Sequence[str]],
     unrelated: Sequence[str], seed: int,
 ) -> Gate:  # fmt: skip
-    """The gate with cues over its middle layer, if the examples have answers; each prompt is put beside another's answer."""
+    """The gate with cues over one of its blocks, if the examples have answers; each prompt is put beside another's answer."""
     rng = random.Random(seed)
     answers = [e.answer for e in examples if e.answer]
     if len(answers) < 2:
@@ -200,8 +200,7 @@ def _with_cues(
     longer = _behind_contexts(model, tokenizer, chosen, contexts, seed) if contexts else []
     behind = [e.fit[-1] for e in longer]
     blocks = [layer for layer in gate.layers if layer != "final"] or list(gate.layers)
-    layer = blocks[(len(blocks) - 1) // 2]
-    cues = learn_cues(model, tokenizer, pairs, unrelated[:CUE_TEXTS], layer, behind, seed)
+    cues, layer = learn_cues(model, tokenizer, pairs, unrelated[:CUE_TEXTS], blocks, behind, seed)
     return replace(gate, cues=cues, cue_layer=layer)
 
 

@@ -132,9 +132,9 @@ def load_ripple(path: str | Path, problems: list[Problem] | None = None) -> list
 def ripple_case(record: RippleRecord, request: EditRequest | None = None) -> Case:
     """A case of one record. request: the same edit with what may be used to fit it (Atlas's), else `ripple_request`'s.
 
-    Each test is its conditions and its queries under one name. With a `request`, compositions are tagged with their stratum:
-    whether the request's implications hold the composition (in whatever words). A query without an answer cannot be asked;
-    its test is left out and named in the case's tag "unasked".
+    Each test is its conditions and its queries under one name. With a `request`, compositions and subject aliasing are tagged with
+    their stratum: whether the request's implications hold the composition, or the alias (in whatever words). A query without an
+    answer cannot be asked; its test is left out and named in the case's tag "unasked".
     """
     edit = request or ripple_request(record)
     old = (edit.target_true,) if edit.target_true else ()
@@ -173,6 +173,8 @@ def _probe(
         tags["answers"] = str(len(query.answers))
     if strata and kind in ("compositionality_i", "compositionality_ii"):
         tags["stratum"] = IN_FIT if _in_fit(query, edit) else NOT_IN_FIT
+    if strata and kind == "subject_aliasing":
+        tags["stratum"] = IN_FIT if _named_in_fit(query, edit) else NOT_IN_FIT
     return Probe(kind, query.prompt, names, alternatives, test, joined, condition, tags)
 
 
@@ -180,6 +182,12 @@ def _in_fit(query: RippleQuery, edit: EditRequest) -> bool:
     """Whether the chain from the query's subject through both relations is among the edit's implications."""
     chain = f"{query.second_relation} of {query.relation}"
     return any(i.relation == chain and _bare(i.subject) == _bare(query.subject_id) for i in edit.fit_implications)
+
+
+def _named_in_fit(query: RippleQuery, edit: EditRequest) -> bool:
+    """Whether the query calls the subject by a name under which the edit's implications state the relation."""
+    names = {i.subject for i in edit.fit_implications if i.subject and i.relation == f"{query.relation} of {i.subject}"}
+    return any(re.search(rf"(?<!\w){re.escape(_bare(name))}(?!\w)", query.prompt.casefold()) for name in names)
 
 
 def _bare(name: str | None) -> str:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 N = PUBLISHED_N = 1000
 CHECKPOINTS = (1, 10, 100, 300, 1000)
 ENDS = 100  # how many first and last edits are compared
-FIRST, LAST = f"first {ENDS} edits", f"last {ENDS} edits"
+FIRST = f"first {ENDS} edits"
+ENDED = {FIRST: "first", f"last {ENDS} edits": "last"}
 FEW = {"contexts": FIXED[:5]}
 
 
@@ -74,14 +75,18 @@ def entailed(atlas: Any, fact: Any, target: str) -> set[Any]:
 
 
 def among(rows: "DataFrame", method: str, edits: int, which: str) -> "DataFrame":
-    """The rows of one checkpoint whose edits are among the first or the last of those made so far; the unedited model's stay."""
-    low, high = (1, ENDS) if which == "first" else (max(1, edits - ENDS + 1), edits)
-    own = rows[(rows["method"] == method) & (rows["edits"] == edits)]
-    own = own[[low <= int(tags.get("position", 0)) <= high for tags in own["tags"]]]
-    plain = rows[(rows["method"] == common.UNEDITED) & rows["case"].isin(set(own["case"]))]
+    """The rows of one checkpoint whose edits are among the first or the last of those made so far; the unedited model's stay.
+
+    Which is which is told by the order in which the unedited model was asked, so that an edit whose fit failed counts too.
+    """
     import pandas as pd
 
-    return pd.concat([own, plain])
+    low, high = (1, ENDS) if which == "first" else (max(1, edits - ENDS + 1), edits)
+    plain = rows[rows["method"] == common.UNEDITED]
+    place = {case: i for i, case in enumerate(dict.fromkeys(case for case in plain["case"] if case), 1)}
+    own = rows[(rows["method"] == method) & (rows["edits"] == edits)]
+    own = own[[low <= place.get(case, 0) <= high for case in own["case"]]]
+    return pd.concat([own, plain[plain["case"].isin(set(own["case"]))]])
 
 
 def curves_of(rows: "DataFrame") -> dict[str, dict[str, list[tuple[int, Any]]]]:
@@ -94,8 +99,10 @@ def curves_of(rows: "DataFrame") -> dict[str, dict[str, list[tuple[int, Any]]]]:
         for edits in sorted(set(rows.loc[rows["method"] == method, "edits"])):
             part = rows[plain | ((rows["method"] == method) & (rows["edits"] == edits))]
             cells = {
-                FIRST: score(among(part, method, edits, "first"), "efficacy.generate", method),
-                LAST: score(among(part, method, edits, "last"), "efficacy.generate", method),
+                **{
+                    column: score(chosen, "efficacy.generate", method) if method in set(chosen["method"]) else None
+                    for column, chosen in ((c, among(part, method, edits, which)) for c, which in ENDED.items())
+                },
                 "paraphrases": score(part, "generalization.generate", method),
                 "neighbours kept": score(part, "specificity.generate", method),
                 "other facts changed": score(part, "collateral.generate", method),

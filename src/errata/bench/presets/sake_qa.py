@@ -62,7 +62,9 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
              score(common.tagged(rows, fit=fitted), "specificity.generate", method)]
             for fitted in FORMS
         ]  # fmt: skip
-        made.append(Table(f"Transfer between forms: {method}", ["fit", *FORMS, "neighbours kept"], lines, note))
+        made.append(
+            Table(f"Transfer between forms: {method}", ["fit", *FORMS, "neighbours kept"], lines, "" if made else note)
+        )
     return [*made, common.cost_table(run)]
 
 
