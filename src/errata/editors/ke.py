@@ -133,8 +133,8 @@ _MEND_CODE: dict[str, Any] = {
 }  # fmt: skip
 # Chosen on Atlas's dev facts, whose statements end behind the object.
 _ATLAS: dict[str, Any] = {
-    "ending": ".", "batch": 4, "retain": 2, "steps": 1500, "every": 100, "warmup": 10, "lr": 2e-3, "margin_kl": 0.02,
-    "margin_kl_min": 1e-3,
+    "parameters": "mlp", "ending": ".", "bottleneck": 64, "batch": 4, "retain": 2, "steps": 1500, "every": 100, "warmup": 20,
+    "lr": 1e-2, "margin_kl": 0.05, "margin_kl_min": 0.01,
 }  # fmt: skip
 
 
