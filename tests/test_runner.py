@@ -23,6 +23,7 @@ from errata.bench.runner import Plan, Progress, _as_here, _Pace, methods_of, pla
 from errata.bench.store import PatchCache, RunDirectory, difference, file_names
 from errata.bench.worker import Given, Job, Outcome, Worker
 from errata.edit import EditRequest
+from errata.editors.mend import MEND
 from errata.editors.rome import ROME
 from errata.errors import ConfigError
 from errata.merge import merge
@@ -417,6 +418,19 @@ def texts(frame: Any) -> Sequence[Any]:
     """A table without its floats, and without the fit's own report."""
     kept = [c for c in frame.columns if frame[c].dtype != float and c != "report"]
     return [tuple(map(str, row)) for row in frame[kept].itertuples(index=False)]
+
+
+def test_what_an_editor_has_learned_is_in_the_key(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever its artefact lies: another training makes other patches."""
+    model, tokenizer = load(place / "model")
+    cache, request = PatchCache(model, tokenizer, place / "cache"), cases(None)[0].request  # type: ignore[arg-type]
+    artefact, keys = place / "mend.safetensors", []
+    monkeypatch.setattr(MEND, "artefact_path", lambda *_: artefact)
+    for learned in (None, b"one training", b"another"):
+        if learned:
+            artefact.write_bytes(learned)
+        keys.append(cache.key(MEND(), [request], 0))
+    assert len(set(keys)) == 3 and cache.key(MEND(), [request], 0) == keys[2]
 
 
 def test_the_unedited_model_is_asked_once_over_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import transformers
 import errata
 from errata.edit import EditRequest
 from errata.editor import Editor
+from errata.editors._learned import LearnedEditor
 from errata.errors import ConfigError, PatchFormatError
 from errata.files import cache_directory, write_atomically
 from errata.model.fingerprint import base_of
@@ -184,6 +185,7 @@ class PatchCache:
         else:
             self.folder = Path(folder) if folder is not None else cache_directory("patches")
         self.limit = limit
+        self._asked = model, tokenizer
         self.base = base_of(model, tokenizer, [name for name, _ in model.named_parameters()])
         gate = gate_for(model, tokenizer)
         self._identity = {
@@ -201,7 +203,7 @@ class PatchCache:
         about = {
             "method": editor.method,
             "config": json_config(editor),
-            "files": _named_files(editor),
+            "files": _named_files(editor) | self._learned(editor),
             "requests": [request.id for request in requests],
             "seed": seed,
             "before": before,
@@ -209,6 +211,13 @@ class PatchCache:
         }
         text = json.dumps(self._identity | about, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+    def _learned(self, editor: Editor[Any]) -> dict[str, str]:
+        """The digest of what an editor that learns has learned, wherever its artefact lies."""
+        if not isinstance(editor, LearnedEditor):
+            return {}
+        path = editor.artefact_path(*self._asked)
+        return {"artefact": hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {}
 
     def find(self, key: str) -> Patch | None:
         """The patch, or None; a damaged file is none."""
