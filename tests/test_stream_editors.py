@@ -145,7 +145,7 @@ def test_of_two_that_contradict_each_other_the_later_holds(
         assert predicted_labels(model, closing_tokenizer, TEXTS[:1]) == [two.target_new]
 
 
-def test_a_stream_of_the_docket() -> None:
+def test_a_stream_of_the_docket(tmp_path: Path) -> None:
     """On the shipped classifier: what it errs on is edited, holds, and leaves the early years alone."""
     model, tokenizer = errata.load("atlas-docket")
     names = label_names(model)
@@ -159,6 +159,9 @@ def test_a_stream_of_the_docket() -> None:
     assert 0 < len(edited) <= wrong
     book = Site(patch.outputs).book
     assert book is not None and len(book) <= len(edited) + sum(len(r.get("again", ())) for r in patch.report.values())
+    patch.save(tmp_path / "patch.safetensors")
+    again = Site(load_patch(tmp_path / "patch.safetensors").outputs).book
+    assert again is not None and torch.equal(again.keys, book.keys) and torch.equal(again.radii, book.radii)
     with patch.attach(model, tokenizer):
         now = predicted_labels(model, tokenizer, [r.text for r in requests])
         kept = predicted_labels(model, tokenizer, [c.text for c in early])

@@ -318,8 +318,9 @@ class _Stream:
             waiting = []
             for part in (self._latest[edit] for edit in lost if edit not in made):
                 done = self.book.insert(part.key, part.value, part.radius, part.label, part.edit)
-                if done.outcome in ("cover", "expand"):
-                    part = replace(part, value=self.book.values[done.entry].clone())
+                shared = done.outcome in ("cover", "expand")
+                value = self.book.values[done.entry] if shared else part.value
+                part = replace(part, key=part.key.clone(), value=value.clone())  # a file holds no tensor twice
                 self.book.set_value(done.entry, part.value)
                 self._note(part)
                 made.append(part.edit)
