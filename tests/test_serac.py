@@ -262,5 +262,6 @@ def test_on_atlas_a_short_training_edits_facts_that_it_has_not_seen(tmp_path: Pa
         answers = greedy(model, tokenizer, [r.text for r in requests], 8)
         same = [a == b for a, b in zip(greedy(model, tokenizer, elsewhere, 8), before, strict=True)]
     right = sum(says(a, r.target_new) for a, r in zip(answers, requests, strict=True))
-    print(right, len(requests), sum(same), len(same), read_artefact(path)[0]["curve"])
-    assert right >= 0.7 * len(requests) and sum(same) >= 0.8 * len(same)
+    [*_, last] = read_artefact(path)[0]["curve"]
+    assert last["in_scope"] >= 0.8 and last["out_of_scope"] <= 0.05
+    assert right >= 0.3 * len(requests) and sum(same) >= 0.9 * len(same)

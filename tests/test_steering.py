@@ -149,6 +149,7 @@ def oracle(model: PreTrainedModel, parts: tuple[Steering, ...], ids: list[int]) 
             for i, (part, t, recalled) in chosen.items():
                 if part.site == site:
                     mean = part.maps[t].m_t if t < len(part.maps) else part.ending
+                    assert mean is not None
                     hidden[0, i] = mean if recalled else part.maps[t](hidden[0, i])
             return hidden
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import END, tiny_model
 from errata.atlas.claims import LABELS
-from errata.atlas.training import SETS, training_items
+from errata.atlas.training import SETS, judging_facts, training_items
 from errata.atlas.world import World, link, load_world
 from errata.bench.data.training import load_items
 from errata.errors import ConfigError, RecordError
@@ -126,8 +126,10 @@ def test_atlas_items_are_of_dev_facts_in_fit_wordings(name: str, world: World) -
             facts = [f for f in by_key.values() if f.object == item.target_true and link(f.subject) in item.prompt]
             assert any(item.target_new in world.objects[f.relation] for f in facts)
             assert item.target_new != item.target_true
-    long = {s for s in sealed if len(s) > 8}
-    assert not any(item.prompt.startswith(s) for item in items for s in long)
+    judging = [f.subject for f in judging_facts(world)]
+    assert 20 < len(set(judging)) < 0.2 * len({f.subject for f in world.facts if f.split == "dev"})
+    unseen = {s for s in (*sealed, *judging) if len(s) > 8}
+    assert not any(item.prompt.startswith(s) for item in items for s in unseen)
 
 
 def test_a_decoders_questions_stand_in_frames(world: World) -> None:

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 
@@ -70,7 +70,7 @@ class Editor(ABC, Generic[C]):
         self.config: C = replace(base, **changes)
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> "Editor[C]":
+    def preset(cls, name: str, **changes: Any) -> Self:
         """The editor with a named configuration. Raises ConfigError listing the presets."""
         if name not in cls.presets:
             raise ConfigError(

@@ -4,8 +4,8 @@
     atlas-zsre    rewrites as questions, in other wordings and frames, as De Cao et al. 2021 train on zsRE
     atlas-fever   claims whose label is turned, as they train on FEVER
 
-The new object is drawn among the relation's others; what must stay are facts that no item of the set is about: other facts of
-the subject, the relation's of other subjects, and any.
+The new object is drawn among the relation's others; what must stay are other facts of the subject, the relation's of other
+subjects, and any. A tenth of the dev subjects is in no item: what choices are made by (`judging_facts`).
 """
 
 import random
@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from errata.atlas import render
 from errata.atlas.claims import LABELS, another_object, claim
 from errata.atlas.requests import counterfactual
-from errata.atlas.world import Fact, Split, World, link
+from errata.atlas.world import Fact, Split, World, link, share
 from errata.errors import ConfigError
 from errata.training import TrainingItem
 
 SETS = ("atlas", "atlas-zsre", "atlas-fever")
 BESIDE = (2, 3, 3)  # facts that must stay: of the subject, of the relation, of any
 REPHRASES = 8
+JUDGING = 0.1  # of the subjects
 
 
 def training_items(
@@ -39,12 +40,21 @@ def training_items(
     return [make(fact) for fact in facts[: n or None] for _ in range(drawn)]
 
 
+def judging_facts(world: World, split: Split = "dev") -> list[Fact]:
+    """The facts of a split about subjects that no training item names, in the world's order."""
+    return [f for f in world.facts if f.split == split and _judges(f)]
+
+
+def _judges(fact: Fact) -> bool:
+    return share("judges learning", link(fact.subject)) < JUDGING
+
+
 class _Maker:
     """Makes one item after another from one stream of random numbers."""
 
     def __init__(self, world: World, split: Split, rng: random.Random, bare: bool):
         self.world, self.rng, self.bare = world, rng, bare
-        self.facts = [f for f in world.facts if f.split == split]
+        self.facts = [f for f in world.facts if f.split == split and not _judges(f)]
         rng.shuffle(self.facts)
         self.by_relation: dict[str, list[Fact]] = {}
         self.by_subject: dict[str, list[Fact]] = {}

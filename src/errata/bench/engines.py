@@ -148,8 +148,8 @@ class ProcessEngine:
                     _send(pipe, (job, give(job).unedited, needs, lacking))
                     held[pipe] |= set(needs)
                     busy[pipe] = job
-                for pipe in wait(list(busy)):
-                    assert isinstance(pipe, Connection)
+                for ready in wait(list(busy)):
+                    pipe = next(one for one in busy if one is ready)
                     job = busy[pipe]
                     outcome = _received(pipe, job)
                     del busy[pipe]

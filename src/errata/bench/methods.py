@@ -18,6 +18,7 @@ from errata.files import cache_directory, write_atomically
 from errata.model.anatomy import anatomy
 
 MODEL = "model"
+DEMONSTRATED = 400  # dev facts, over all relations
 LIMITED = "model-l"  # fine-tuning's norm-constrained options for the model
 EPS = 2e-3  # of a model that has none: the published one of the smallest model
 
@@ -44,10 +45,10 @@ def resolved(method: Method, model: Any, model_name: str) -> Method:
     name = row.name if row else model_name
     if method.preset == LIMITED:
         there = f"{name}-l" in get_editor(method.editor).presets
-        changes = {} if there else {"norm": "linf", "eps": EPS}
-        return replace(method, preset=f"{name}-l" if there else None, changes={**changes, **method.changes})
+        small = {} if there else {"norm": "linf", "eps": EPS}
+        return replace(method, preset=f"{name}-l" if there else None, changes={**small, **method.changes})
     if method.editor == "steam":
-        changes = dict(method.changes)
+        changes: dict[str, Any] = dict(method.changes)
         base = changes.get("base", "rome")
         options = dict(get_editor("memit" if base == "memit" else "steam").presets.get(name, {}))
         if is_atlas(model_name):
@@ -57,6 +58,10 @@ def resolved(method: Method, model: Any, model_name: str) -> Method:
             first = min(n - 1, round(depth[0] * n))
             options["aligned"] = (first, min(n - 1, max(first, round(depth[1] * n) - 1)))
         return replace(method, preset=None, changes={**options, **changes})
+    if method.editor == "ike" and is_atlas(model_name):
+        return replace(
+            method, preset="atlas", changes={"demonstrations": str(atlas_demonstrations()), **method.changes}
+        )
     return replace(method, preset=name if name in get_editor(method.editor).presets else None)
 
 
@@ -74,6 +79,19 @@ def inapplicable(method: Method, model: Any, tokenizer: Any) -> str | None:
     except (UnknownEditorError, UnsupportedModelError, ConfigError) as error:
         return str(error.args[0] if error.args else error)
     return None
+
+
+def atlas_demonstrations() -> Path:
+    """Rewrites of Atlas's dev facts for IKE to choose demonstrations from, in a JSONL file of the user's cache, named by its content."""
+    from errata.atlas.training import training_items
+    from errata.atlas.world import load_world
+    from errata.training import digest, write_items
+
+    items = training_items(load_world(), "atlas", DEMONSTRATED, drawn=1)
+    path = cache_directory("demonstrations") / f"atlas-{digest(items)}.jsonl"
+    if not path.is_file():
+        write_items(path, items)
+    return path
 
 
 def atlas_references() -> Path:

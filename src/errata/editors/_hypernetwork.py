@@ -86,7 +86,7 @@ def linear_maps(model: nn.Module, layers: Sequence[Site] | str | None, which: Pa
             chosen += [f"{name}{i}" if name else i for i in range(first, stack.n_layers)]
     else:
         chosen = [_counted(parts, layer) for layer in dict.fromkeys(layers)]
-    found = []
+    found: list[LinearMap] = []
     for layer in chosen:
         block = parts.site(layer)
         for name, module in submodule(model, block).named_modules():
@@ -423,7 +423,7 @@ class HyperEditor(LearnedEditor[H]):
         for m, kept in zip(maps, columns, strict=True):
             edits = tuple(edit for edit, U, _ in kept for _ in range(U.shape[1]))
             if edits:
-                U, V = (torch.cat([one[side] for one in kept], 1) for side in (1, 2))
+                U, V = torch.cat([U for _, U, _ in kept], 1), torch.cat([V for _, _, V in kept], 1)
                 parts.append(LowRank(edits, U, V, m.layer, m.site))
         base = base_of(model, tokenizer, [f"{m.path}.weight" for m in maps])
         return Patch(self.method, asdict(self.config), tuple(requests), base, (*parts, *biases), report)

@@ -232,9 +232,9 @@ class LearnedEditor(Editor[C]):
         except BaseMismatchError as error:
             first = str(error).partition(";")[0].replace("the patch was fitted", "this editor was trained")
             raise BaseMismatchError(f"{path} is for another model: {first}; run `{command}`") from None
-        known = {f.name for f in fields(self.config)} - set(self.fit_only)  # type: ignore[arg-type]
+        known = {f.name for f in fields(self.config)} - set(self.fit_only)
         values = {k: _tuples(v) for k, v in header["config"].items() if k in known}
-        return replace(self.config, **values), header, tensors  # type: ignore[type-var]
+        return replace(self.config, **values), header, tensors
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ from errata.dense import Dense
 from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
 from errata.editors._finetune import TrainConfig, Tuner, layers_of, parameters_of
-from errata.editors._items import items_of
+from errata.editors._items import Item, items_of
 from errata.editors._models import rome_layer
-from errata.editors._value_rows import Row
 from errata.editors._value_search import _without_gradients
 from errata.errors import ConfigError
 from errata.model.fingerprint import base_of
@@ -110,7 +109,7 @@ class FineTuner(Editor[C]):
         part = Dense(tuple(r.id for r in everything), tuner.done())
         return Patch(self.method, asdict(self.config), everything, before.base, (part,), before.report | report)
 
-    def edit(self, tuner: Tuner, item: Row, past: Sequence[Row]) -> dict[str, Any]:
+    def edit(self, tuner: Tuner, item: Item, past: Sequence[Item]) -> dict[str, Any]:
         """One request of a stream: what a subclass changes. past: the requests that were edited before; notes for the report."""
         return tuner.train([item])
 

@@ -1,6 +1,6 @@
 """IKE: the model is shown how new facts are to be used, then told the new one (Zheng et al. 2023).
 
-The context of an edit is k demonstrations, the new fact, and the label of the line on which a prompt is then put. A demonstration
+The context of an edit is k demonstrations, the new fact, and the label of the line on which a prompt is then put (`frame`). A demonstration
 is a fact and a query with its answer: "copy" asks for the fact itself, "update" for it in other words, "retain" for something
 that the fact leaves alone. They are taken from a pool about other facts, those most like the edit's own block by a sentence
 encoder, in the ratio 1 : 3 : 4, the most similar last. Emits one context part for each edit; no weight and no state is touched.
@@ -15,6 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -47,8 +48,9 @@ class IKEConfig:
     k: demonstrations; ratio: of copy, update and retain among them, None for the k nearest of any kind; order: "asc", the most
     similar is nearest to the query, or "desc". demonstrations: the pool, a JSONL file of training items, edit requests or
     CounterFact records, or such objects; None for what the request's own `fit_prompts` give. encoder: of sentences, by name;
-    "states" for the edited model's own, "auto" for MiniLM or, where it cannot be had, the model's. reserve: tokens kept free for
-    the prompt and its answer, None for a quarter of the model's room. gate, prompts, radius: as ICL's.
+    "states" for the edited model's own, "auto" for MiniLM or, where it cannot be had, the model's. frame: what stands before a
+    query, with `{}` for the fact. reserve: tokens kept free for the prompt and its answer, None for a quarter of the model's room.
+    gate, prompts, radius: as ICL's.
     """
 
     k: int = 32
@@ -56,6 +58,7 @@ class IKEConfig:
     order: Literal["asc", "desc"] = "asc"
     demonstrations: str | Path | tuple[Any, ...] | None = None
     encoder: str = "auto"
+    frame: str = "New Fact: {}\nPrompt: "
     reserve: int | None = None
     gate: str = "auto"
     prompts: int = 100
@@ -69,6 +72,8 @@ class IKEConfig:
             )
         if self.ratio is not None and (len(self.ratio) != 3 or min(self.ratio) < 0 or not any(self.ratio)):
             raise ConfigError(f"expected a ratio of copy, update and retain, such as (1, 3, 4), found {self.ratio!r}")
+        if self.frame.count("{}") != 1:
+            raise ConfigError(f"expected a frame with one '{{}}' for the fact, found {self.frame!r}")
         if self.order not in ("asc", "desc"):
             raise ConfigError(f"expected order 'asc' or 'desc', found {self.order!r}")
 
@@ -83,15 +88,9 @@ class Demonstration:
     query: str
     answer: str
 
-    @property
-    def text(self) -> str:
+    def text(self, frame: str) -> str:
         """As it stands in a context."""
-        return f"{block(self.fact)}{self.query} {self.answer}\n\n"
-
-
-def block(fact: str) -> str:
-    """What stands before a query: the new fact, and the label of the query's line."""
-    return f"New Fact: {fact}\nPrompt: "
+        return f"{frame.replace('{}', self.fact)}{self.query} {self.answer}\n\n"
 
 
 class IKE(Editor[IKEConfig]):
@@ -108,6 +107,7 @@ class IKE(Editor[IKEConfig]):
         "paper": {"gate": "none"},
         "easyedit": {"gate": "none", "k": 16, "ratio": None, "order": "desc"},
         "ice": {"gate": "none", "k": 0},
+        "atlas": {"frame": "Imagine that {}.\n"},  # whose texts never speak of facts and prompts
     }
 
     def __init__(self, config: IKEConfig | None = None, **changes: Any):
@@ -156,9 +156,11 @@ class IKE(Editor[IKEConfig]):
 
     def _vectors(self, pool: Sequence[Demonstration], encode: "_Encoder", base: dict[str, Any]) -> Tensor:
         """(n, k) unit vectors of the pool; kept, so that a benchmark that fits edit by edit embeds it once."""
-        about = json.dumps([_digest(pool), encode.name, base if encode.own else None], sort_keys=True)
+        about = json.dumps(
+            [_digest(pool), self.config.frame, encode.name, base if encode.own else None], sort_keys=True
+        )
         if self._read is None or self._read[0] != about:
-            self._read = about, encode([shown.text for shown in pool])
+            self._read = about, encode([shown.text(self.config.frame) for shown in pool])
         return self._read[1]
 
     def _nearest(
@@ -167,8 +169,8 @@ class IKE(Editor[IKEConfig]):
         """The demonstrations for a request, the most similar first."""
         if not pool:
             return []
-        own = f"{block(f'{request.text} {request.target_new}')}{request.text}"
-        vectors = encode([shown.text for shown in pool]) if vectors is None else vectors
+        own = f"{self._told(request)}{request.text}"
+        vectors = encode([shown.text(self.config.frame) for shown in pool]) if vectors is None else vectors
         order = (vectors @ encode([own])[0]).argsort(descending=True, stable=True).tolist()
         if self.config.ratio is None:
             return [pool[i] for i in order[: self.config.k]]
@@ -180,15 +182,21 @@ class IKE(Editor[IKEConfig]):
                 found.append(pool[i])
         return found
 
+    def _told(self, request: EditRequest) -> str:
+        """The new fact, up to where a query is put."""
+        return self.config.frame.replace("{}", f"{request.text} {request.target_new}")
+
     def _context(
         self, model: Any, tokenizer: Any, request: EditRequest, near: Sequence[Demonstration]
     ) -> tuple[str, int]:
         """The context, and how many of the least similar demonstrations there was no room for."""
-        limit, fact = room(model), block(f"{request.text} {request.target_new}")
+        limit, fact = room(model), self._told(request)
         reserve = self.config.reserve if self.config.reserve is not None else (limit or 0) // 4
-        for n in range(len(near), -1, -1):
-            shown = list(near[:n]) if self.config.order == "desc" else list(near[:n])[::-1]
-            text = "".join(one.text for one in shown) + fact
+        texts = [shown.text(self.config.frame) for shown in near]
+        long = list(accumulate(len(row) for row in token_ids(tokenizer, texts, special=False)))
+        most = len(near) if limit is None else sum(n + len(fact.split()) <= limit for n in long)  # no need to join more
+        for n in range(most, -1, -1):
+            text = "".join(texts[:n] if self.config.order == "desc" else texts[:n][::-1]) + fact
             if limit is None or n == 0 or len(token_ids(tokenizer, [text])[0]) + reserve <= limit:
                 return text, len(near) - n
         raise AssertionError("the new fact alone is always a context")
@@ -255,7 +263,7 @@ def _digest(pool: Sequence[Demonstration]) -> dict[str, Any] | None:
     """What a patch says of the pool."""
     if not pool:
         return None
-    text = "".join(f"{shown.kind}\n{shown.text}" for shown in pool)
+    text = "".join("\n".join((shown.kind, shown.fact, shown.query, shown.answer, "")) for shown in pool)
     return {"n": len(pool), "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 

@@ -59,7 +59,7 @@ class SERACConfig(LearnedConfig):
     negatives: int = 8
     wordings: int = 6
     shuffled: float = 0.5
-    lr: float = 5e-4
+    lr: float = 1e-3
     batch: int = 16
     mix: Literal["hard", "soft"] = "hard"
     threshold: float = 0.5

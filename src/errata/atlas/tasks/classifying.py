@@ -32,8 +32,8 @@ class ClassifierRecipe(Recipe):
     """Everything that the weights depend on; stored beside them. filling_steps: so many steps at first only fill in."""
 
     architecture: str = "bert"
-    steps: int = 2300
-    filling_steps: int = 800
+    steps: int = 4000
+    filling_steps: int = 1000
     tokens_per_step: int = 5120
     layers: int = 4
     width: int = 192

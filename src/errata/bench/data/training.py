@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from errata.bench.data.counterfact import CounterFactRecord
+from errata.bench.data.kilt import KiltRecord
 from errata.bench.data.records import Problem, Row, read_rows, settle, validated
-from errata.bench.data.zsre import KiltRow, ZsreRow
+from errata.bench.data.zsre import ZsreRow
 from errata.errors import RecordError
 from errata.training import TrainingItem, read_items
 
-ALTERNATIVES = 3  # of a KILT row, an item each
+ALTERNATIVES = 3  # of a KILT record, an item each
 
 
 def load_items(path: str | Path) -> list[TrainingItem]:
@@ -23,7 +24,7 @@ def load_items(path: str | Path) -> list[TrainingItem]:
     fields = set(rows[0][1]) if rows and isinstance(rows[0][1], dict) else set[str]()
     if {"prompt", "target_new"} <= fields:
         return read_items(path)
-    kinds: dict[str, type[Row]] = {"requested_rewrite": CounterFactRecord, "input": KiltRow, "src": ZsreRow}
+    kinds: dict[str, type[Row]] = {"requested_rewrite": CounterFactRecord, "input": KiltRecord, "src": ZsreRow}
     kind = next((kind for field, kind in kinds.items() if field in fields), None)
     if kind is None:
         settle(problems, None)
@@ -43,12 +44,13 @@ def items_of(record: Any) -> Iterator[TrainingItem]:
         kept = tuple((prompt, rewrite.target_true.str_) for prompt in record.neighborhood_prompts)
         prompt = rewrite.prompt.replace("{}", rewrite.subject)
         yield TrainingItem(prompt, rewrite.target_new.str_, rewrite.target_true.str_, record.paraphrase_prompts, kept)
-    elif isinstance(record, KiltRow):
+    elif isinstance(record, KiltRecord):
         said = record.prediction or record.answers[0]
         others = [a for a in record.alternatives if a.strip() and a.casefold() != said.casefold()]
         asked = tuple(p for p in record.filtered_rephrases or record.rephrases if p.strip() and p != record.input)
+        kept = tuple((other.input, other.answer) for other in record.unrelated)
         for other in others[:ALTERNATIVES]:
-            yield TrainingItem(record.input, other, said, asked)
+            yield TrainingItem(record.input, other, said, asked, kept)
     elif record.alt.strip():
         elsewhere = f"{record.loc.strip().removesuffix('?')}?"
         said = record.pred or record.answers[0]

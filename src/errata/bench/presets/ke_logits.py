@@ -45,7 +45,7 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     from errata.bench import streams
     from errata.bench.tables import Table
 
-    lines = []
+    lines: list[list[float | str | None]] = []
     for method in [m for m in common.labels(rows) if m != common.UNEDITED]:
         found = logits(rows, method)
         own, others = found[found["kind"] == "edit"], found[found["kind"] == "locality"]

@@ -54,7 +54,7 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
         "Claims are statements that somebody vouches for, and the model is asked for their object: Atlas has no words for a "
         "verdict. Wordings of probes occur in no fit."
     )
-    made = []
+    made: list[Table] = []
     for method in common.labels(rows):
         found = transfer(rows, method)
         lines = [
