@@ -143,6 +143,7 @@ class GRACE(Editor[GRACEConfig]):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "published": _PUBLISHED,
         "atlas-docket": {"layer": 1, "lr": 1.0},
+        "atlas-t5": {"layer": 1, "lr": 1.0},
         "t5-small": {**_PUBLISHED, "layer": "encoder.4", "radius": 3.0, "steps": 200},
         "bert-base": {**_PUBLISHED, "layer": 10, "key": "last"},
         "gpt2-xl": {**_PUBLISHED, "replace": "last", "layer": 35, "site": "mlp_in", "steps": 200},
