@@ -103,7 +103,7 @@ def test_a_classifier_asks_at_the_token_that_its_head_reads(closing_tokenizer: P
     assert (part.place.ask, part.place.replace) == ("first", "last")
     rows = [closing_tokenizer(t)["input_ids"] for t in (TEXTS[0], "Zürich lies in Switzerland", "Tokyo")]
     seen: list[torch.Tensor] = []
-    module = model.bert.encoder.layer[0].intermediate.dense
+    module = model.bert.encoder.layer[0].output.dense
     with torch.no_grad():
         plain = model(**pad(rows, 0).inputs(model)).logits
         hook = module.register_forward_hook(lambda m, args, out: seen.append(args[0][0, 0]))
@@ -145,12 +145,12 @@ def test_of_two_that_contradict_each_other_the_later_holds(
         assert predicted_labels(model, closing_tokenizer, TEXTS[:1]) == [two.target_new]
 
 
-def test_a_stream_of_the_docket() -> None:
+def test_a_stream_of_the_docket(tmp_path: Path) -> None:
     """On the shipped classifier: what it errs on is edited, holds, and leaves the early years alone."""
     model, tokenizer = errata.load("atlas-docket")
     names = label_names(model)
-    cases = edit_stream(40, split="dev", seed=5)
-    early = upstream(100)
+    cases = edit_stream(24, split="dev", seed=5)
+    early = upstream(60)
     requests = [EditRequest(prompt=c.text, target_new=str(c.label)) for c in cases]  # numbers name classes too
     plain = predicted_labels(model, tokenizer, [c.text for c in cases])
     patch = GRACE.preset("atlas-docket").fit(model, tokenizer, requests)
@@ -159,13 +159,16 @@ def test_a_stream_of_the_docket() -> None:
     assert 0 < len(edited) <= wrong
     book = Site(patch.outputs).book
     assert book is not None and len(book) <= len(edited) + sum(len(r.get("again", ())) for r in patch.report.values())
+    patch.save(tmp_path / "patch.safetensors")
+    again = Site(load_patch(tmp_path / "patch.safetensors").outputs).book
+    assert again is not None and torch.equal(again.keys, book.keys) and torch.equal(again.radii, book.radii)
     with patch.attach(model, tokenizer):
         now = predicted_labels(model, tokenizer, [r.text for r in requests])
         kept = predicted_labels(model, tokenizer, [c.text for c in early])
     said = dict(zip((r.id for r in requests), now, strict=True))
-    held = sum(said[r.id] == names[int(r.target_new)] for r in edited)
-    assert held >= len(edited) - 1 and sum(a == names[c.label] for a, c in zip(now, cases, strict=True)) >= 36
-    assert sum(a == names[c.label] for a, c in zip(kept, early, strict=True)) >= 85
+    assert all(said[r.id] == names[int(r.target_new)] for r in edited)
+    assert sum(a == names[c.label] for a, c in zip(now, cases, strict=True)) >= 22
+    assert sum(a == names[c.label] for a, c in zip(kept, early, strict=True)) >= 50
 
 
 @pytest.mark.parametrize("family", ["t5", "bert"])

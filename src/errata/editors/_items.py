@@ -140,7 +140,7 @@ def place_of(
     alone = parts.stack_of(found)[0].role != parts.role or parts.role == "classifier"
     mode: Replace = replace or ("last" if alone and asks != "subject" else "each")
     if site is None:
-        site = "mlp" if mlp_of(parts, found) is not None else "mlp_in"
+        site = "mlp" if mlp_of(parts, found) is not None else "mlp_out"
     return Place(found, site, mode, "first" if asks == "first" else "last"), asks
 
 

@@ -53,7 +53,7 @@ from errata.patch import Patch, check_fits
 
 # Of a key's own length: chosen on Atlas's dev facts, between other phrasings of a fact and other facts; and of a classifier,
 # whose cases of a class lie close together, on the docket's dev topics, between late cases and early ones.
-REACH, CLOSE = 0.6, 0.13
+REACH, CLOSE = 0.6, 0.1
 AHEAD = 64  # requests whose values are searched as one batch
 ALONE: dict[Replace, Replace] = {"each": "last"}  # where a value is trained by itself, only the token that asks has it
 
@@ -64,10 +64,10 @@ class GRACEConfig:
 
     layer: negative from the end, "encoder.4" of an encoder; None for one near three quarters of the depth; site: the map
     whose input asks and whose output is replaced, "mlp" for the whole MLP, a role of the anatomy or a path in the block;
-    None: the MLP, or the first of its maps where it is no module of its own (BERT). key: the token that asks, the prompt's
+    None: the MLP, or the last of its maps where it is no module of its own (BERT). key: the token that asks, the prompt's
     "last" or "first", or the "subject"'s (only where each token asks for itself); None: the first of a classifier, else the
     last. replace: see `Place`; None: "each" in a decoder, in an encoder the one token that asks ("last"). radius: of a new
-    ball (the paper's epsilon), activation units; None for 0.6 |key| (0.13 |key| of a classifier). start: "warm", the map's
+    ball (the paper's epsilon), activation units; None for 0.6 |key| (0.1 |key| of a classifier). start: "warm", the map's
     own output or "cold" U[0, 1); training: plain "gradient" descent or with N(0, noise) added to the value at each step
     ("perturbed"). steps, lr (Adam's, activation units), stop (nats, 0 for never), norm: weight of the penalty (|value -
     output| / |output|)^2, for warm values at the MLP's output. expand, guard, defer, match, same: see `Rules`; same
@@ -142,7 +142,8 @@ class GRACE(Editor[GRACEConfig]):
     Config = GRACEConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "published": _PUBLISHED,
-        "atlas-docket": {"layer": 1},
+        "atlas-docket": {"layer": 1, "lr": 1.0},
+        "atlas-t5": {"layer": 1, "lr": 1.0},
         "t5-small": {**_PUBLISHED, "layer": "encoder.4", "radius": 3.0, "steps": 200},
         "bert-base": {**_PUBLISHED, "layer": 10, "key": "last"},
         "gpt2-xl": {**_PUBLISHED, "replace": "last", "layer": 35, "site": "mlp_in", "steps": 200},
@@ -318,8 +319,9 @@ class _Stream:
             waiting = []
             for part in (self._latest[edit] for edit in lost if edit not in made):
                 done = self.book.insert(part.key, part.value, part.radius, part.label, part.edit)
-                if done.outcome in ("cover", "expand"):
-                    part = replace(part, value=self.book.values[done.entry].clone())
+                shared = done.outcome in ("cover", "expand")
+                value = self.book.values[done.entry] if shared else part.value
+                part = replace(part, key=part.key.clone(), value=value.clone())  # a file holds no tensor twice
                 self.book.set_value(done.entry, part.value)
                 self._note(part)
                 made.append(part.edit)
