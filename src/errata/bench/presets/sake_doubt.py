@@ -37,7 +37,7 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     note = common.PROTOCOL_NOTE
     found = [
         paper_table(own, "Doubts over the edit's prompt", "SAKE", list(GATES), preset="sake-doubt", note=note),
-        metric_table(own, "The edit itself", {"Acc": OURS["Acc"]}),
+        metric_table(rows, "The edit itself", {"Acc": OURS["Acc"]}),
     ]
     if common.tag_values(rows[rows["kind"] == "doubt_i"], "form") != ["prompt"]:
         found.append(metric_table(asked, "Doubts over a natural question", doubted))

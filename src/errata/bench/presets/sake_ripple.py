@@ -42,9 +42,9 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     shown = [label for label in common.labels(rows) if label != common.SAKE_OPEN.label]
     through = {"sake": "sake-open", "sake-alone": "sake-open"} if common.SAKE_OPEN.label in set(rows["method"]) else {}
     note = f"{common.PROTOCOL_NOTE}\n{common.GATE_NOTE}"
-    chains = {letters: OURS[letters] for letters in ("CI", "CII")}
+    split = {letters: OURS[letters] for letters in ("CI", "CII", "SA")}
     conditions = {letters: f"{axis}_condition.generate" for letters, axis in AXES.items() if axis != "subject_aliasing"}
-    of_chains = {letters: conditions[letters] for letters in chains}
+    of_split = {letters: conditions.get(letters) for letters in split}
     return [
         paper_table(rows, "RippleEdits", "SAKE", list(AXES), shown, preset="sake-ripple", ungated=through, note=note),
         metric_table(rows, "Further axes, and the edit itself", {"Acc": OURS["Acc"]} | MORE, shown),
@@ -52,11 +52,11 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
         *(
             metric_table(
                 rows,
-                f"Compositions that were {stratum}",
-                chains,
+                f"Compositions and aliases that were {stratum}",
+                split,
                 shown,
                 stratum=("stratum", stratum),
-                note=counted(rows, stratum, of_chains),
+                note=counted(rows, stratum, of_split),
             )
             for stratum in sorted(common.tag_values(rows, "stratum"), reverse=True)
         ),
@@ -65,8 +65,8 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     ]
 
 
-def counted(rows: "DataFrame", stratum: str, conditions: Mapping[str, str]) -> str:
-    """How many tests a stratum has, and how many of their conditions hold."""
+def counted(rows: "DataFrame", stratum: str, conditions: Mapping[str, str | None]) -> str:
+    """How many tests a stratum has, and how many of their conditions hold where there is a metric for them."""
     from errata.bench.metrics import score
 
     plain = rows[(rows["method"] == common.UNEDITED) & ~rows["condition"].astype(bool)]
@@ -74,7 +74,9 @@ def counted(rows: "DataFrame", stratum: str, conditions: Mapping[str, str]) -> s
     for letters, metric in conditions.items():
         own = common.tagged(plain[plain["kind"] == AXES[letters]], stratum=stratum)
         tests = own[["case", "test"]].drop_duplicates()
-        held = score(rows, metric, common.UNEDITED, stratum=("stratum", stratum))
+        held = score(rows, metric, common.UNEDITED, stratum=("stratum", stratum)) if metric else None
+        if metric is None and len(tests):
+            said.append(f"{letters}: {len(tests):,} tests of {tests['case'].nunique():,} edits.")
         if held is not None:
             said.append(
                 f"{letters}: {len(tests):,} tests of {tests['case'].nunique():,} edits; the conditions of {100 * held.value:.1f} % "
