@@ -12,7 +12,7 @@ from errata.bench.presets import _common as common
 RETAINED = 100  # other claims that each edit is judged by; the paper's are all of the others
 _PLAIN: dict[str, Any] = {"name": "ke-plain", "views": False}
 FIRST: dict[str, Any] = {"layers": "first"}
-ZHU: dict[str, Any] = {"norm": "linf", "eps": 1e-3}  # chosen on dev
+ZHU: dict[str, Any] = {"norm": "linf", "eps": 1e-3}
 METHODS = (
     Method("ft-first", "ft", "single", "ke-first"),
     Method("ft-all", "ft", "single", "ke-all"),
