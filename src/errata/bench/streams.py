@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ from errata.editors._items import contradictions, items_of, says
 from errata.errors import EditError
 from errata.low_rank import LowRank
 from errata.merge import merge
+from errata.model.attached import MERGED
+from errata.model.fingerprint import base_of
 from errata.patch import Patch
 
 if TYPE_CHECKING:
@@ -147,7 +149,7 @@ def _one_by_one(
                 if says(model, items_of(tokenizer, [item]))[0]:
                     found = Patch(editor.method, {}, (item,), {}, (), {item.id: {"outcome": ALREADY}})
                 else:
-                    found = editor.fit(model, tokenizer, [item], seed=seed)
+                    found = _of_the_original(editor.fit(model, tokenizer, [item], seed=seed), model, tokenizer)
                     stack.enter_context(_put_in(found, model, tokenizer))
                     new.append(item.id)
             except Exception as error:  # as above
@@ -155,6 +157,13 @@ def _one_by_one(
                 continue
             patch = _joined(patch, found)
     return patch, new, failed
+
+
+def _of_the_original(patch: Patch, model: Any, tokenizer: Any) -> Patch:
+    """The patch with the model as its base that the stream began with, without what is merged into it."""
+    merged = vars(model).get(MERGED)
+    with merged.undone() if merged is not None else nullcontext():
+        return replace(patch, base=base_of(model, tokenizer, patch.base.get("weights") or {}))
 
 
 def _put_in(patch: Patch, model: Any, tokenizer: Any) -> Any:
