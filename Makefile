@@ -36,8 +36,8 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## correct Atlas's outdated facts before your eyes, then take the corrections back
 	@$(BIN)/errata demo
 
-test: $(STAMP)  ## the quick tests
-	@$(BIN)/python -m pytest
+test: $(STAMP)  ## the quick tests, one process for each core
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 slow: $(STAMP)  ## the slow tests
 	@$(BIN)/python -m pytest -m slow

@@ -17,6 +17,18 @@ from errata.model.tokens import token_ids
 from errata.scope.gate import Gate, gate_for, load_gate, save_gate
 from errata.scope.recall import AGAIN, ASKED, dialogues, kinds, learn_cues, wordings
 
+# Ways to ask again that stand neither in what teaches cues nor in the published doubts.
+UNSEEN = (
+    "I have my doubts. Could you say that word again?",
+    "Are you sure? Please repeat it:",
+    "I am not convinced. What should it be?",
+    "That surprises me. Give it once more:",
+    "Hmm. Tell me one more time:",
+    "You may be wrong there. The answer, again:",
+    "I would not have thought so. Which is correct?",
+    "That is odd. It really is",
+)
+
 
 def last_kinds(model: Any, tokenizer: Any, texts: list[str], layer: Any, cues: torch.Tensor) -> list[int]:
     rows = token_ids(tokenizer, texts)
@@ -65,13 +77,14 @@ def test_atlas_edits_hold_under_doubt_and_behind_long_contexts() -> None:
     doubts = [
         DOUBT_I.format(p=request.text, new=request.target_new),
         DOUBT_II.format(p=request.text, new=request.target_new, old=request.target_true),
-        f"{old}. I have my doubts. Could you say that word again?",
     ]
     with patch.attach(model, tokenizer) as handle:
-        said = greedy_answers(model, tokenizer, [*doubts[:2], before + request.text])
-        decided = handle.decide([*doubts, f"The capital of Peru is Lima. {doubts[2][len(old) + 2 :]}"])
+        said = greedy_answers(model, tokenizer, [*doubts, before + request.text])
+        about, other = (
+            handle.decide([f"{fact}. {words}" for words in UNSEEN]) for fact in (old, "The capital of Peru is Lima")
+        )
     assert all(text.startswith(request.target_new) for text in said)
-    assert [d.edit == request.id for d in decided] == [True, True, True, False]
+    assert sum(d.edit == request.id for d in about) >= 7 and all(d.edit is None for d in other)
 
 
 def test_cues_are_part_of_the_file(tmp_path: Any) -> None:
