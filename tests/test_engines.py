@@ -5,17 +5,22 @@ import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from conftest import tiny_model
+from conftest import steering_part, tiny_model
+from errata.bench import engines
 from errata.bench.engines import ProcessEngine, RayEngine, _answers
 from errata.bench.rows import read_fits, read_rows
 from errata.bench.runner import Progress
 from errata.cli import app
-from errata.errors import ConfigError
+from errata.errors import ConfigError, UnknownEditorError
+from errata.model.fingerprint import base_of
+from errata.patch import Patch
+from errata.scope.gate import Gate
 from test_runner import LIFELONG, MEMIT, ROME_ALONE, SAKE_ALL, start, texts
 
 
@@ -59,6 +64,24 @@ def test_two_processes_say_what_one_says_and_one_that_dies_is_named(place: Path)
             start(place, "killed", *methods, engine=engine, progress=kill)
         assert not engine._processes
     assert any(units.glob("*.parquet"))
+
+
+def test_what_a_job_raises_comes_back() -> None:
+    ours, other = (
+        engines._Failure("UnknownEditorError", "no editor 'rom'"),
+        engines._Failure("ZeroDivisionError", "by zero"),
+    )
+    assert isinstance(ours.error(), UnknownEditorError) and ours.error().args == ("no editor 'rom'",)
+    assert isinstance(other.error(), RuntimeError) and str(other.error()) == "ZeroDivisionError: by zero"
+
+
+def test_patches_that_are_sent_are_the_same_and_share_their_gate(tokenizer: Any) -> None:
+    model = tiny_model("gpt2")
+    gate = Gate(layers=(0,))
+    parts = [steering_part(model, prompt, (70,), gate=gate) for prompt in ([11, 25, 301], [90, 12, 55])]
+    patches = [Patch("hand", {}, (), base_of(model, tokenizer), (part,)) for part in parts]
+    one, two = engines._opened([patch.to_bytes() for patch in patches], {})
+    assert [one, two] == patches and one.steering[0].gate is two.steering[0].gate
 
 
 @pytest.mark.parametrize(

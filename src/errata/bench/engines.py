@@ -5,7 +5,6 @@ all results; a Ray worker that dies takes no result with it, and its job is give
 """
 
 import multiprocessing
-import pickle
 import signal
 import socket
 import warnings
@@ -16,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+from errata import errors
 from errata.bench.cases import Case, Probe
 from errata.bench.preset import Method
 from errata.bench.store import PatchCache
@@ -95,7 +95,7 @@ class ProcessEngine:
     """Processes on this machine, each with a model of its own; they stay for further runs until `close`, or the block's end.
 
     count: processes; threads: torch threads of each. A small model gains little from threads and nearly all from processes.
-    What goes through the pipes is pickled, as between processes of one program; nothing of it is kept.
+    Patches go through the pipes as their files' bytes, all else as `multiprocessing` sends plain values.
     """
 
     name = "local"
@@ -122,20 +122,21 @@ class ProcessEngine:
     def run(self, jobs: Sequence[Job], give: Give, take: Take, plan: WorkerPlan, local: Worker) -> None:
         """Do every job; those whose needs are done, in order, in whichever process is free.
 
-        Raises what a job raises, and ConfigError for a process that dies.
+        Raises what a job raises (RuntimeError for what is not errata's), and ConfigError for a process that dies.
         """
         if not jobs:
             return
         self._start()
         for pipe in self._pipes:
-            _send(pipe, plan)
+            pipe.send(plan)
         # What takes longest in one piece goes first: edits that follow one another, and writes of many at once.
         waiting = sorted(jobs, key=lambda job: job.span[0] - job.span[1] if job.kind in ("fit", "chain") else 0)
         open_ = {job.name for job in jobs}
         fits = {job.name for job in jobs if job.kind in ("fit", "chain")}
         held: dict[Connection, set[str]] = {pipe: set() for pipe in self._pipes}  # fits whose patches a process has
-        patches: dict[str, Sequence[Patch]] = {}
+        patches: dict[str, list[bytes]] = {}
         busy: dict[Connection, Job] = {}
+        shared: dict[str, Any] = {}
         try:
             while open_:
                 free = [pipe for pipe in self._pipes if pipe not in busy]
@@ -145,16 +146,17 @@ class ProcessEngine:
                     pipe = max(free, key=lambda one: len(held[one] & set(needs)))
                     free.remove(pipe)
                     lacking = {name: patches[name] for name in needs if name not in held[pipe]}
-                    _send(pipe, (job, give(job).unedited, needs, lacking))
+                    pipe.send((job, give(job).unedited, needs, lacking))
                     held[pipe] |= set(needs)
                     busy[pipe] = job
                 for ready in wait(list(busy)):
                     pipe = next(one for one in busy if one is ready)
                     job = busy[pipe]
-                    outcome = _received(pipe, job)
+                    outcome, sealed = _received(pipe, job)
                     del busy[pipe]
                     if job.name in fits:
-                        patches[job.name] = outcome.patches
+                        patches[job.name] = sealed
+                        outcome = replace(outcome, patches=_opened(sealed, shared))
                         held[pipe].add(job.name)
                     open_.discard(job.name)
                     take(job, outcome)
@@ -173,22 +175,45 @@ class ProcessEngine:
             self._processes.append(process)
 
 
-def _send(pipe: Connection, value: Any) -> None:
-    pipe.send_bytes(pickle.dumps(value, protocol=5))  # a gate that patches share goes once
+@dataclass(frozen=True)
+class _Failure:
+    """What a job raised: the exception's name and words."""
+
+    name: str
+    words: str
+
+    def error(self) -> Exception:
+        """The same exception where it is one of errata's, else a RuntimeError that names it."""
+        kind = vars(errors).get(self.name)
+        return kind(self.words) if kind is not None else RuntimeError(f"{self.name}: {self.words}")
 
 
-def _received(pipe: Connection, job: Job) -> Outcome:
+def _received(pipe: Connection, job: Job) -> tuple[Outcome, list[bytes]]:
+    """An outcome without its patches, and these."""
     try:
-        found = pickle.loads(pipe.recv_bytes())
+        found = pipe.recv()
     except (EOFError, ConnectionError):
         raise ConfigError(
             f"a process of this run died over the unit {job.name} (out of memory?); finished units are kept: resume with fewer "
             "--workers"
         ) from None
-    if isinstance(found, BaseException):
-        raise found
-    assert isinstance(found, Outcome)
-    return found
+    if isinstance(found, _Failure):
+        raise found.error()
+    outcome, sealed = found
+    return outcome, sealed
+
+
+def _opened(sealed: Sequence[bytes], shared: dict[str, Any]) -> tuple[Patch, ...]:
+    """Patches of their files' bytes; gates and counterfactual models that they have in common are held once, in `shared`."""
+    found = []
+    for patch in map(Patch.from_bytes, sealed):
+        parts = []
+        for part in patch.parts:
+            own = {n: v for n in ("gate", "expert") if (v := getattr(part, n, None)) is not None}
+            common: Any = {n: shared.setdefault(value.digest, value) for n, value in own.items()}
+            parts.append(replace(part, **common))
+        found.append(replace(patch, parts=tuple(parts)))
+    return tuple(found)
 
 
 def _serve(pipe: Connection, threads: int) -> None:
@@ -205,9 +230,10 @@ def _serve(pipe: Connection, threads: int) -> None:
     answers: dict[Any, dict[str, Any]] = {}
     worker: Worker | None = None
     patches: dict[str, Sequence[Patch]] = {}
+    shared: dict[str, Any] = {}
     while True:
         try:
-            found = pickle.loads(pipe.recv_bytes())
+            found = pipe.recv()
         except (EOFError, ConnectionError):
             return
         if isinstance(found, WorkerPlan):
@@ -222,22 +248,16 @@ def _serve(pipe: Connection, threads: int) -> None:
         assert worker is not None
         job, unedited, needs, more = found
         try:
-            patches |= more
+            patches |= {name: _opened(sealed, shared) for name, sealed in more.items()}
             given = Given(unedited, [patch for name in needs for patch in patches[name]])
             outcome = worker.do(job, given)
             if job.kind in ("fit", "chain"):
                 patches[job.name] = outcome.patches
-            _send(pipe, outcome if job.kind in ("fit", "chain") else replace(outcome, patches=()))
+            sealed = [patch.to_bytes() for patch in outcome.patches] if job.kind in ("fit", "chain") else []
+            pipe.send((replace(outcome, patches=()), sealed))
         except Exception as error:
-            _send(pipe, _sendable(error))
-
-
-def _sendable(error: Exception) -> Exception:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its constructor wants
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+            words = str(error.args[0]) if error.args else str(error)  # a KeyError's str is its repr
+            pipe.send(_Failure(type(error).__name__, words))
 
 
 @dataclass
