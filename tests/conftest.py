@@ -1,6 +1,7 @@
 """Tiny random models of every family of the anatomy table, and tiny tokenizers trained on a few sentences."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from errata.model.anatomy import TABLE
 from errata.model.states import states_at
 from errata.scope.gate import Gate
 from errata.steering import Steering
+from errata.training import TrainingItem
 
 VOCABULARY = 384
 FAMILIES = tuple(name for name, row in TABLE.items() if row.role == "decoder")
@@ -83,6 +85,16 @@ def tiny_model(family: str, layers: int = 2, **changes: Any) -> PreTrainedModel:
 
 LABELS = ("REFUTES", "SUPPORTS", "NEITHER")
 _CLASSES = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
+
+
+def as_claims(items: Sequence[TrainingItem]) -> list[TrainingItem]:
+    """What a decoder is trained on, for a tiny classifier of claims: labels in turn as new objects."""
+    kept = [tuple((prompt, None) for prompt, _ in item.locality) for item in items]
+    return [
+        replace(item, target_new=LABELS[n % 2], target_true="NEITHER", locality=kept[n]) for n, item in enumerate(items)
+    ]
+
+
 _OTHERS: dict[str, dict[str, Any]] = {
     "t5": {
         "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 import errata
-from conftest import ANSWERERS, CLASSIFIERS, hooks_of, tiny_other
+from conftest import ANSWERERS, CLASSIFIERS, as_claims, hooks_of, tiny_other
 from errata.atlas.requests import counterfactual_requests
 from errata.atlas.training import training_items
 from errata.atlas.world import load_world
@@ -238,16 +238,8 @@ def test_answerers_and_classifiers(family: str, closing_tokenizer: PreTrainedTok
     """All matrices of both stacks, none of head, pooler or embeddings; detaching is exact, a saved patch acts the same."""
     model, tok = tiny_other(family), closing_tokenizer
     labels = family in CLASSIFIERS
-    items = [
-        replace(
-            i,
-            target_new=("REFUTES", "SUPPORTS")[n % 2],
-            target_true="NEITHER",
-            locality=tuple((p, None) for p, _ in i.locality),
-        )
-        for n, i in enumerate(ITEMS)
-    ]
-    editor = trained(model, tok, tmp_path, items if labels else ITEMS, steps=2)
+    items = as_claims(ITEMS) if labels else ITEMS
+    editor = trained(model, tok, tmp_path, items, steps=2)
     maps = editor.maps(model, editor.config)
     assert not any(
         word in m.path for m in maps for word in ("classifier", "pooler", "shared", "embed", "bias", "norm", "lm_head")
@@ -271,7 +263,7 @@ def test_answerers_and_classifiers(family: str, closing_tokenizer: PreTrainedTok
             assert torch.equal(logits_of(model, asked), acting)
         assert torch.equal(logits_of(model, asked), plain) and not torch.equal(acting, plain)
     assert hooks_of(model) == []
-    learner = editor.learner(model, tok, ITEMS, (), 0) if not labels else editor.learner(model, tok, items, (), 0)
+    learner = editor.learner(model, tok, items, (), 0)
     assert (learner.smoothing, learner.notes["kl"]) == ((0.0, 0.1) if labels else (0.1, 1e-3))
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 import errata
-from conftest import ANSWERERS, CLASSIFIERS, hooks_of, tiny_other
+from conftest import ANSWERERS, CLASSIFIERS, as_claims, hooks_of, tiny_other
 from errata.atlas.requests import counterfactual_requests
 from errata.atlas.training import training_items
 from errata.atlas.world import load_world
@@ -259,16 +259,8 @@ def test_answerers_and_classifiers(family: str, closing_tokenizer: PreTrainedTok
     """The last blocks of both stacks; the published maps of T5; detaching is exact, a saved patch acts the same."""
     model, tok = tiny_other(family), closing_tokenizer
     labels = family in CLASSIFIERS
-    items = [
-        replace(
-            i,
-            target_new=("REFUTES", "SUPPORTS")[n % 2],
-            target_true="NEITHER",
-            locality=tuple((p, None) for p, _ in i.locality),
-        )
-        for n, i in enumerate(ITEMS)
-    ]
-    editor = trained(model, tok, tmp_path, items if labels else ITEMS, rate=0.02)
+    items = as_claims(ITEMS) if labels else ITEMS
+    editor = trained(model, tok, tmp_path, items, rate=0.02)
     maps = editor.maps(model, editor.config)
     if not labels:
         assert {m.layer for m in maps} == {"encoder.1", "encoder.2", 0, 1}
