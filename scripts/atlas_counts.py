@@ -5,22 +5,19 @@
 `--write` puts them into the page, between its two marks; the tests fail when the page is behind.
 """
 
-import argparse
 import csv
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from errata.atlas.corpus import Corpus
 from errata.atlas.world import OBJECT_TYPE, World, alias_mark, link, load_world
+from generated import Row, Section, table
 from merge_fact_passes import REVIEW, merge
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, TABLES = ROOT / "docs" / "atlas.md", ROOT / "src" / "errata" / "atlas" / "data"
-BEGIN, END = "<!-- counts: scripts/atlas_counts.py --write -->", "<!-- end of counts -->"
-
-Row = tuple[object, ...]
+TABLES = ROOT / "src" / "errata" / "atlas" / "data"
 
 
 def counts() -> str:
@@ -39,10 +36,6 @@ def counts() -> str:
         table(("kind", "share", "what it is"), kinds(world)),
     ]
     return "\n\n".join(parts)
-
-
-def table(head: Row, rows: Iterable[Row]) -> str:
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ("---",) * len(head), *rows))
 
 
 def totals(world: World) -> Iterator[Row]:
@@ -97,17 +90,8 @@ def kinds(world: World) -> Iterator[Row]:
         yield write.__name__, f"{weight / total:.0%}", (write.__doc__ or "").strip().rstrip(".")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/atlas.md")
-    if not parser.parse_args().write:
-        print(counts())
-        return 0
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{counts()}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
-    return 0
+SECTION = Section("atlas.md", "<!-- counts: scripts/atlas_counts.py --write -->", "<!-- end of counts -->", counts)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(SECTION.main(__doc__ or ""))

@@ -5,20 +5,15 @@
 `--write` puts them into the page, between its two marks; the tests fail when the page is behind.
 """
 
-import argparse
 import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from errata.editors import available_editors, get_editor
+from generated import Row, Section, table
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "taxonomy.md"
-BEGIN, END = "<!-- methods: scripts/taxonomy.py --write -->", "<!-- end of methods -->"
 PLACES, HOWS = ("external memory", "global optimisation", "local modification"), ("optimised", "direct")
 ROLES = {"decoder": "decoder", "encoder-decoder": "encoder-decoder", "classifier": "encoder"}
-
-Row = tuple[object, ...]
 
 
 def methods() -> list[dict[str, Any]]:
@@ -40,10 +35,6 @@ def tables() -> str:
     )
 
 
-def table(head: Row, body: Iterable[Row]) -> str:
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ("---",) * len(head), *body))
-
-
 def map_of(found: list[dict[str, Any]]) -> Iterator[Row]:
     for place in PLACES:
         cells = ([m["method"] for m in found if (m["place"], m["how"]) == (place, how)] for how in HOWS)
@@ -57,17 +48,8 @@ def rows(found: list[dict[str, Any]]) -> Iterator[Row]:
         yield (f"`{m['method']}`", m["summary"], m["place"], m["how"], *traits, *roles)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/taxonomy.md")
-    if not parser.parse_args().write:
-        print(tables())
-        return 0
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{tables()}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
-    return 0
+SECTION = Section("taxonomy.md", "<!-- methods: scripts/taxonomy.py --write -->", "<!-- end of methods -->", tables)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(SECTION.main(__doc__ or ""))

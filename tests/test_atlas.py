@@ -454,9 +454,9 @@ def test_a_tenth_of_all_tokens_is_in_long_documents(sample: Sample) -> None:
 
 
 def test_the_counts_on_the_page_are_those_of_the_tables() -> None:
-    page = atlas_counts.PAGE.read_text(encoding="utf-8")
-    shown = page.split(atlas_counts.BEGIN)[1].split(atlas_counts.END)[0].strip()
-    assert shown == atlas_counts.counts(), "run: PYTHONPATH=src python scripts/atlas_counts.py --write"
+    assert atlas_counts.SECTION.shown() == atlas_counts.counts(), (
+        "run: PYTHONPATH=src python scripts/atlas_counts.py --write"
+    )
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------------
