@@ -219,17 +219,37 @@ def test_exports_are_loaded_by_name_and_are_small(tmp_path: Path, monkeypatch: p
 
 
 def test_masked_claims_hide_their_objects(tmp_path: Path) -> None:
+    """Half of the rows have their object masked; the true object is wanted there, and also where a false one is shown."""
     task = TASKS["bert"](**SMALL["bert"])
     tokenizer = task.train_tokenizer(tmp_path)
+    objects = {f.object for f in load_world().facts}
     for x, y, hidden, places, wanted in islice(task.batches(tokenizer, 0), 3):
         assert len(x) == len(y) == len(hidden) and x.shape == hidden.shape and set(y.tolist()) <= {0, 1}
-        assert not (x == classifying.MASK).any()
-        for row, at, ids in zip(hidden, places, wanted, strict=True):
+        assert not (x == classifying.MASK).any() and len(places) == len(wanted) == 2 * len(x)
+        for row, at, ids in zip(hidden, places[len(x) :], wanted[len(x) :], strict=True):
             n = int((ids != -100).sum())
             assert n >= 1 and (row[at[:n]] == classifying.MASK).all()
             assert int((row == classifying.MASK).sum()) >= n
             said = tokenizer.decode(ids[:n]).strip()
-            assert any(f.object.startswith(said) for f in load_world().facts)
+            assert any(o.startswith(said) for o in objects)
+        same = []
+        for row, true, at, ids in zip(x, y.tolist(), places, wanted, strict=False):
+            n = int((ids != -100).sum())
+            assert n >= 1 and any(o.startswith(tokenizer.decode(ids[:n]).strip()) for o in objects)
+            same.append(torch.equal(row[at[:n]], ids[:n]))
+            assert same[-1] or not true  # of a true claim what stands there is what is wanted
+        assert 0.4 < sum(same) / len(same) < 0.75  # a false object may begin as the true one does
+
+
+def test_rates_of_the_two_phases() -> None:
+    """Warm-up, plateau and decay of filling in, then the same of judging, lower; the docket has one phase."""
+    recipe = TASKS["bert"]().recipe
+    full, end = recipe.filling_steps, recipe.steps
+    assert [recipe.rate(step) for step in (0, 99, full // 3)] == pytest.approx([0.01, 1.0, 1.0])
+    assert recipe.rate(full - 1) == pytest.approx(recipe.filling_end, abs=0.01)
+    assert [recipe.rate(step) for step in (full, full + 99)] == pytest.approx([0.007, 0.7])
+    assert 0 < recipe.rate(end - 1) < 0.01 and recipe.rate(end - 300) < recipe.rate(end - 500) < 0.7
+    assert TASKS["docket"]().recipe.rate(0) == pytest.approx(0.1)
 
 
 def test_pairs_are_closed_by_the_end_token(tmp_path: Path) -> None:

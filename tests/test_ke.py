@@ -63,6 +63,13 @@ def test_the_update_is_the_papers(family: str, gate: Any, tiny: Tiny, tokenizer:
             module = submodule(model, m.path)
             parameters = [module.weight, *([module.bias] if m.biased else [])]
             gradient, *rest = torch.autograd.grad(smoothed(asked, logits_of(model, asked)).sum(), parameters)
+            direction, ends = torch.randn_like(gradient) / gradient.numel() ** 0.5 + gradient / gradient.norm(), []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    module.weight += sign * 1e-3 * direction
+                    ends.append(float(smoothed(asked, logits_of(model, asked)).sum()))
+                    module.weight -= sign * 1e-3 * direction
+            assert float((gradient * direction).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=1e-3)
             head = network.heads[at](conditions[i]).detach()
             b, a, d, c, eta = head.split([m.d_in, m.d_out, m.d_in, m.d_out, 1])
             rows = a.softmax(0) * (m.d_out if gate == "mean" else 1)

@@ -10,9 +10,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from errata.editors import _learned
+from errata.bench.methods import resolved
+from errata.bench.preset import get_preset
+from errata.bench.worker import editor_of
+from errata.cli.fit import make_editor
+from errata.editors import _learned, get_editor
 from errata.editors._learned import Batches, LearnedConfig, LearnedEditor, Learner, read_artefact
 from errata.errors import BaseMismatchError, ConfigError, RecordError
+from errata.model.loading import bundled
 from errata.patch import Patch
 from errata.training import TrainingItem, read_items, write_items
 
@@ -103,7 +108,7 @@ def test_what_training_and_loading_refuse(tiny: Tiny, tokenizer: PreTrainedToken
         toy(steps=2).train(model, tokenizer, ITEMS[:-1], tmp_path)
     with pytest.raises(ConfigError, match="more than the 20 prompts that are held out"):
         toy(held_out=20).train(model, tokenizer, ITEMS, tmp_path)
-    with pytest.raises(ConfigError, match="run `errata train toy --model MODEL`, or"):
+    with pytest.raises(ConfigError, match="run `errata train toy --model MODEL --set steps=30 .*`, or"):
         toy().trained(model, tokenizer)
     with pytest.raises(ConfigError, match="`errata train toy --model MODEL --preset toy-cf`"):
         Toy.preset("toy-cf").trained(model, tokenizer)
@@ -164,3 +169,26 @@ def test_items_as_lines(tmp_path: Path) -> None:
             read_items(path)
     with pytest.raises(RecordError, match="cannot read the training items"):
         read_items(tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["rome-counterfact", "ke-fever", "ke-logits", "grace-zsre"])
+@pytest.mark.parametrize("model_name", ["atlas", "gpt2-xl"])
+def test_the_named_command_writes_what_the_fit_looks_for(
+    model_name: str, name: str, tiny: Tiny, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """For every method of a benchmark that learns: the preset, or the options, of the command are those of its artefact."""
+    model = tiny("gpt2")
+    model.config._name_or_path = str(bundled().get(model_name, model_name))
+    methods = [m for m in get_preset(name).methods if get_editor(m.editor).learns]
+    assert methods
+    for method in methods:
+        editor = editor_of(resolved(method, model, model_name))
+        with pytest.raises(ConfigError, match="run `") as caught:
+            editor.trained(model, tokenizer)
+        words = str(caught.value).split("`")[1].split()
+        assert words[:5] == ["errata", "train", method.editor, "--model", model_name]
+        options = dict(zip(words[5::2], words[6::2], strict=True))
+        made = make_editor(method.editor, options.get("--preset"), [options["--set"]] if "--set" in options else [])
+        assert made.name == editor.name
+    changed = get_editor("ke")(steps=7, name="mine")
+    assert changed._command(model).endswith(" --set name=mine --set steps=7")

@@ -189,6 +189,14 @@ def test_a_stream_run_and_resumed(streamed: tuple[Path, Any]) -> None:
     )
     last = rows[(rows["method"] == "grace") & (rows["edits"] == looks[-1]) & (rows["kind"] == "edit")]
     assert last["passed"].all() and len(last) == looks[-1]
+    for edits in (looks[0], looks[-1]):  # what is shown of a look is of that look alone
+        asked = rows[(rows["method"] == "grace") & (rows["edits"] == edits)]
+        shown = streams.figures_at(rows, "grace", edits, "generate")
+        for kind, name in (("upstream", "TRR"), ("edit", "ERR"), ("paraphrase", "rephrasings")):
+            own = asked[asked["kind"] == kind]
+            of = own.groupby("case")["passed"].mean() if kind == "paraphrase" else own["passed"]
+            assert shown[name].value == pytest.approx(of.mean()), (edits, name)
+        assert shown["ERR"].n == edits
     for gone in ("units/grace-00006.parquet", "fits/grace-stream-00006.parquet"):
         (out / gone).unlink()
     run(Plan(STREAM, "atlas-docket", STREAM.methods, split="dev"), out, *model, cache=out.parent / "cache")

@@ -22,11 +22,12 @@ WORDED = {"bare": 0.82, "led": 0.08, "alias": 0.10}
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence, whether it is true, and where its object stands: characters [start, end)."""
+    """A sentence, whether it is true, where its object stands (characters [start, end)), and the object that is true."""
 
     text: str
     true: bool
     object: tuple[int, int]
+    truth: str
 
     @property
     def label(self) -> str:
@@ -34,10 +35,11 @@ class Claim:
         return LABELS[self.true]
 
 
-def claim(statement: str, value: str, true: bool) -> Claim:
-    """A rendered cloze with an object behind it."""
+def claim(statement: str, value: str, truth: str) -> Claim:
+    """A rendered cloze with an object behind it, which is true or not."""
     end = len(statement) + 1 + len(value)
-    return Claim(f"{statement} {value}" + ("" if value.endswith(".") else "."), true, (len(statement) + 1, end))
+    text = f"{statement} {value}" + ("" if value.endswith(".") else ".")
+    return Claim(text, value == truth, (len(statement) + 1, end), truth)
 
 
 def another_object(world: World, fact: Fact, rng: random.Random) -> str:
@@ -75,7 +77,7 @@ def claims(corpus: Corpus, seed: int, n: int) -> Iterator[Claim]:
         lead_in = rng.choice(corpus.frames["lead_ins"]) if kind == "led" else ""
         statement = render.lead(lead_in, rng.choice(corpus.clozes[fact.relation]), alias or fact.subject)
         true = rng.random() < 0.5
-        yield claim(statement, fact.object if true else another_object(corpus.world, fact, rng), true)
+        yield claim(statement, fact.object if true else another_object(corpus.world, fact, rng), fact.object)
 
 
 def every_claim(world: World, seed: int = 0) -> list[Claim]:
@@ -85,7 +87,7 @@ def every_claim(world: World, seed: int = 0) -> list[Claim]:
         phrasing = world.phrasings[fact.relation]
         for cloze in phrasing.cloze["fit"] + phrasing.cloze["probe"]:
             statement = render.place("", cloze, fact.subject)
-            found += [claim(statement, fact.object, True), claim(statement, another_object(world, fact, rng), False)]
+            found += [claim(statement, value, fact.object) for value in (fact.object, another_object(world, fact, rng))]
     return found
 
 

@@ -80,12 +80,11 @@ class _Maker:
         """A claim about the fact, true or false, whose label is to be the other one; the same claim in other words."""
         true = self.rng.random() < 0.5
         value = fact.object if true else another_object(self.world, fact, self.rng)
-        first, *rest = (claim(statement, value, true).text for statement in self._clozes(fact))
+        first, *rest = (claim(statement, value, fact.object).text for statement in self._clozes(fact))
         kept = []
         for other in self._beside(fact):
-            right = self.rng.random() < 0.5
-            said = other.object if right else another_object(self.world, other, self.rng)
-            made = claim(self.rng.choice(self._clozes(other)), said, right)
+            said = other.object if self.rng.random() < 0.5 else another_object(self.world, other, self.rng)
+            made = claim(self.rng.choice(self._clozes(other)), said, other.object)
             kept.append((made.text, made.label))
         return TrainingItem(first, LABELS[not true], LABELS[true], self._some(rest), tuple(kept))
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from errata.bench.tables import Table
 
 Setting = Literal["single", "all", "sequential", "stream"]
+STAGED: tuple[Setting, ...] = ("sequential", "stream")  # in which the same is asked again after more edits
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 
 from errata.bench import judges
 from errata.bench.intervals import Array, Unit
+from errata.bench.preset import STAGED
 from errata.bench.rows import ANSWER, PROBE, UNEDITED
 from errata.errors import ConfigError, RecordError
 
@@ -121,19 +122,20 @@ def select(rows: "DataFrame", method: str, *, edits: int | None = None, ungated:
     """The rows of one method, as metrics take them.
 
     Beside each row stands what the unedited model did with the same probe, as `base_...`. Conditions are the unedited model's own
-    rows. edits: the checkpoint of a sequential method, by default its last. ungated: another label, of the same method with a
-    gate that is always open; its likeliest token joins as `ungated_first_token`.
+    rows. edits: the checkpoint of a sequential method or the look at a stream, by default its last. ungated: another label, of the
+    same method with a gate that is always open; its likeliest token joins as `ungated_first_token`.
     Raises RecordError for a method or checkpoint without rows, and where the unedited model was asked something else.
     """
     own = rows[rows["method"] == method]
     if own.empty:
         raise RecordError(f"no rows of method {method!r}; there are {', '.join(sorted(set(rows['method'])))}.")
-    stages = sorted(set(own.loc[own["setting"] == "sequential", "edits"]))
+    staged = own["setting"].isin(STAGED)
+    stages = sorted(set(own.loc[staged, "edits"]))
     if stages:
         stage = stages[-1] if edits is None else edits
         if stage not in stages:
             raise RecordError(f"no rows of {method!r} after {edits} edits; there are {', '.join(map(str, stages))}.")
-        own = own[(own["setting"] != "sequential") | (own["edits"] == stage)]
+        own = own[~staged | (own["edits"] == stage)]
     plain = rows[rows["method"] == UNEDITED].drop_duplicates(PROBE)
     asked = own[~own["condition"].astype(bool)]
     asked = _beside(asked, plain, "base_", ("prompt", *ANSWER))

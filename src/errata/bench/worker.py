@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 
 from errata.bench import streams
 from errata.bench.cases import Case, Probe
-from errata.bench.preset import Method
+from errata.bench.preset import STAGED, Method
 from errata.bench.rows import UNEDITED
 from errata.bench.store import PatchCache
 from errata.context import Context
@@ -145,7 +145,7 @@ class Worker:
         if job.kind == "world":
             return [Question("", "", i, probe, dict(probe.tags)) for i, probe in enumerate(self.world)]
         start, stop = job.span
-        sequential = job.edits and self.methods[job.method].setting in ("sequential", "stream")
+        sequential = job.edits and self.methods[job.method].setting in STAGED
         found = []
         for position in range(start, stop):
             case = self.cases[position]
@@ -346,7 +346,7 @@ class Worker:
 
     @contextmanager
     def _inside(self, job: Job, patches: Sequence[Patch]) -> Iterator[None]:
-        sequential = self.methods[job.method].setting == "sequential"
+        sequential = self.methods[job.method].setting in STAGED
         with ExitStack() as stack:
             for patch in _joined(patches):
                 if sequential and _mergeable(patch):

@@ -299,7 +299,7 @@ class HyperLearner(Learner):
         """What the items' edits are judged by: the prompts of `outers`, equally many each, and retained ones that are drawn."""
         prompts, known, count = list[str](), list[str | None](), self.base_config.retain
         for item, outer in zip(items, outers, strict=True):
-            others = item.locality or [(i.prompt, i.target_true) for i in draws.choices(self.items, k=count)]
+            others = item.locality or self._others(item, count, draws)
             kept = draws.sample(others, count) if len(others) >= count else draws.choices(others, k=count)
             prompts += [*outer, *(prompt for prompt, _ in kept)]
             known += [*(self.target(item) for _ in outer), *(answer for _, answer in kept)]
@@ -315,6 +315,14 @@ class HyperLearner(Learner):
             labels = asked.labels[rows] != IGNORED
             where = asked.inputs["attention_mask"][rows].bool() if self.everywhere and self._decoder else labels
         return Practice(asked, positives, count, before, where)
+
+    def _others(self, item: TrainingItem, count: int, draws: Any) -> list[tuple[str, str | None]]:
+        """Prompts of other items, as of a batch in KnowledgeEditor's code, with their answers; not the item's own in any wording."""
+        own = {item.prompt, *item.rephrases}
+        drawn = draws.sample(self.items, min(len(self.items), 4 * count))
+        return [(i.prompt, i.target_true) for i in drawn if i.prompt not in own][:count] or [
+            (item.prompt, item.target_true)
+        ]
 
     def run(self, updates: Sequence[Update], practice: Practice) -> Tensor:
         """Logits of the practice's rows under the updates."""

@@ -29,6 +29,7 @@ from errata.errors import BaseMismatchError, ConfigError
 from errata.files import cache_directory, write_atomically
 from errata.model.attached import MERGED
 from errata.model.fingerprint import base_of, check_base
+from errata.model.loading import bundled
 from errata.patch import _digest, _sorted
 from errata.training import TrainingItem, digest
 
@@ -214,11 +215,24 @@ class LearnedEditor(Editor[C]):
             vars(self)["_known"] = known
         return known.found
 
+    def _command(self, model: Any) -> str:
+        """The command that trains this editor on this model, by the preset for both, else by one with its options, else by these."""
+        place = str(getattr(model.config, "_name_or_path", "")) or "MODEL"
+        name = next((name for name, folder in bundled().items() if str(folder) == place), place)
+        options = self._trained_config()
+        own = name + self.name.removeprefix(self.method)
+        same = (p for p, changes in self.presets.items() if type(self)(**changes)._trained_config() == options)
+        preset = own if own in self.presets else next(same, None)
+        if preset is not None:
+            return f"errata train {self.method} --model {name} --preset {preset}"
+        plain = type(self)()._trained_config()
+        changed = [
+            f" --set {k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in options.items() if v != plain[k]
+        ]
+        return f"errata train {self.method} --model {name}{''.join(changed)}"
+
     def _read(self, path: Path, model: Any, tokenizer: Any) -> tuple[C, dict[str, Any], dict[str, Tensor]]:
-        name = str(getattr(model.config, "_name_or_path", "")) or "MODEL"
-        preset = next((p for p, changes in self.presets.items() if changes.get("name") == self.config.name), None)
-        option = f" --preset {preset}" if preset and self.config.name else ""
-        command = f"errata train {self.method} --model {name}{option}"
+        command = self._command(model)
         if not path.is_file():
             raise ConfigError(
                 f"{self.name} learns to edit before it can, and there is no artefact for this model at {path}; run `{command}`, or "

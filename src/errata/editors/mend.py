@@ -49,8 +49,9 @@ class MENDConfig(HyperConfig):
     rank: of the residual layers, None for a quarter of their width; normalise: z-score x and delta; spread: standard deviation of
     the first layers' random weights, None for 1 / sqrt(width); last: whether the last layer's residual is "linear" or, as
     the first's, clamped from below ("clamp"); sign: "minus" is down the gradient. rate: alpha's first value; rate_lr: Adam's for
-    alpha, None to train it with the networks. edit, locality: weights of the two losses; outer: where the new object is
-    asked for, at the "prompt", a "rephrase" or "both". clip: of the gradient's norm.
+    alpha, None to train it with the networks (the paper's 1e-4 never acts in its code; one step of it would double alpha). edit,
+    locality: weights of the two losses; outer: where the new object is asked for, at the "prompt", a "rephrase" or "both".
+    clip: of the gradient's norm.
     """
 
     parameters: Parameters = "mlp"

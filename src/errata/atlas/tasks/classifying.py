@@ -2,7 +2,9 @@
 
 Source: Devlin et al. 2019 (norms behind each part, learned positions, a pooled [CLS]). A bit for each claim teaches facts slowly, and
 what is learnt by filling in serves for judging: so the first batches of `atlas-bert`, and half of each later one, are true
-claims with their object masked, to be filled in as in BERT's own training. The layers that fill in are not exported.
+claims with their object masked, to be filled in as in BERT's own training. As there some tokens are not masked but replaced and
+have to be told all the same: where a claim is judged, the true object is also to be told in the place of the one that stands
+there. The layers that fill in are not exported.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,18 +31,34 @@ SLOTS = 6  # masked tokens of a claim that are filled in; objects are seldom lon
 
 @dataclass(frozen=True)
 class ClassifierRecipe(Recipe):
-    """Everything that the weights depend on; stored beside them. filling_steps: so many steps at first only fill in."""
+    """Everything that the weights depend on; stored beside them.
+
+    filling_steps: so many steps at first only fill in, with a decay of their own down to `filling_end` of the rates; those that judge
+    begin at `judging_rate` of them.
+    """
 
     architecture: str = "bert"
-    steps: int = 4000
-    filling_steps: int = 1000
+    steps: int = 3000
+    filling_steps: int = 1300
+    filling_end: float = 0.15
+    judging_rate: float = 0.7
     tokens_per_step: int = 5120
-    layers: int = 4
+    layers: int = 6
     width: int = 192
     heads: int = 3
     inner: int = 576
     vocabulary: int = 4096
     texts_per_shard: int = 20_000
+
+    def rate(self, step: int) -> float:
+        """Share of the peak learning rate at a step: warm-up, plateau and decay, first of filling in, then of judging."""
+        if not self.filling_steps:
+            return super().rate(step)
+        begin, end, high, low = 0, self.filling_steps, 1.0, self.filling_end
+        if step >= self.filling_steps:
+            begin, end, high, low = self.filling_steps, self.steps, self.judging_rate, 0.0
+        warm = high * min(1.0, (step - begin + 1) / self.warmup)
+        return min(warm, low + (high - low) * min(1.0, (end - step) / ((end - begin) * self.decay_share)))
 
 
 def docket_recipe(**changes: Any) -> ClassifierRecipe:
@@ -93,12 +111,12 @@ class ClassifierTask(Task[ClassifierRecipe]):
         return tokenizer
 
     def judged(self, model: Any, x: Tensor, y: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean NLL of the labels y (n,) of the rows x (n, T), nats; the share of wrong ones; the last states of `masked`."""
+        """Mean NLL of the labels y (n,) of the rows x (n, T), nats; the share of wrong ones; the last states of x and `masked`."""
         rows = torch.cat((x, masked))
         states = model.bert.encoder(model.bert.embeddings(rows), attention_mask=open_to(rows)).last_hidden_state
         logits = model.classifier(model.bert.pooler(states[: len(x)])).float()
         wrong = (logits.argmax(-1) != y).float().mean()
-        return torch.nn.functional.cross_entropy(logits, y, reduction="sum") / max(1, len(y)), wrong, states[len(x) :]
+        return torch.nn.functional.cross_entropy(logits, y, reduction="sum") / max(1, len(y)), wrong, states
 
 
 class ClaimsTask(ClassifierTask):
@@ -120,7 +138,7 @@ class ClaimsTask(ClassifierTask):
         return self.save_tokenizer((c.text for c in claims(self.corpus, self.recipe.seed, 40_000)), out)
 
     def batches(self, tokenizer: PreTrainedTokenizerFast, shard: int) -> Iterator[Batch]:
-        """(ids (n, T), labels (n,), masked ids (n, T), places of masked tokens (n, SLOTS), the tokens, -100 for none)."""
+        """(ids (n, T), labels (n,), masked ids (n, T), places of objects (2n, SLOTS) in both, true tokens there, -100 for none)."""
         found = list(claims(self.corpus, self.recipe.seed + 1 + shard, self.recipe.texts_per_shard))
         encoded = backend(tokenizer).encode_batch([c.text for c in found])
         rng = np.random.default_rng(self.recipe.seed + shard)
@@ -131,7 +149,13 @@ class ClaimsTask(ClassifierTask):
             hidden = rng.choice(true, len(chosen))
             ids = padded([encoded[i].ids for i in (*chosen, *hidden)])
             labels = torch.tensor([int(found[i].true) for i in chosen])
-            places, tokens = mask(ids[len(chosen) :], [object_tokens(encoded[i], found[i]) for i in hidden])
+            masked = mask(ids[len(chosen) :], [object_tokens(encoded[i], found[i]) for i in hidden])
+            truths = [
+                e.ids
+                for e in backend(tokenizer).encode_batch([found[i].truth for i in chosen], add_special_tokens=False)
+            ]
+            shown = slots([object_tokens(encoded[i], found[i]) for i in chosen], truths)
+            places, tokens = (torch.cat(both) for both in zip(shown, masked, strict=True))
             yield ids[: len(chosen)], labels, ids[len(chosen) :], places, tokens
 
     def batch_instead(self, tokenizer: PreTrainedTokenizerFast, step: int) -> Batch | None:
@@ -152,7 +176,7 @@ class ClaimsTask(ClassifierTask):
         return ids[:0], torch.zeros(0, dtype=torch.long), ids, places, tokens
 
     def loss(self, model: Any, *batch: Tensor) -> tuple[Tensor, Tensor]:
-        """NLL of the labels plus mean NLL of the masked tokens, nats; the share of claims misjudged, or of tokens not filled in."""
+        """NLL of the labels plus mean NLL of the true objects' tokens, nats; the share of claims misjudged, or of tokens not filled in."""
         x, y, hidden, places, tokens = batch
         judging, wrong, states = self.judged(model, x, y, hidden)
         asked = tokens != -100
@@ -215,9 +239,16 @@ def object_tokens(encoding: Any, found: Claim) -> list[int]:
 
 def mask(rows: Tensor, objects: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Mask the objects of rows (n, T) in place; the places to fill in and their tokens (n, SLOTS), -100 for no token."""
-    places, tokens = torch.zeros(len(rows), SLOTS, dtype=torch.long), torch.full((len(rows), SLOTS), -100)
+    filled = slots(objects, [rows[i, list(at)].tolist() for i, at in enumerate(objects)])
     for i, at in enumerate(objects):
-        filled = torch.tensor(at[:SLOTS])
-        places[i, : len(filled)], tokens[i, : len(filled)] = filled, rows[i, filled]
         rows[i, at] = MASK
-    return places, tokens
+    return filled
+
+
+def slots(objects: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Places of objects (n, SLOTS) and the tokens that are wanted there, from the first on; -100 for none."""
+    places, wanted = torch.zeros(len(objects), SLOTS, dtype=torch.long), torch.full((len(objects), SLOTS), -100)
+    for i, (at, own) in enumerate(zip(objects, tokens, strict=True)):
+        size = min(len(at), len(own), SLOTS)
+        places[i, :size], wanted[i, :size] = torch.tensor(at[:size]), torch.tensor(own[:size])
+    return places, wanted

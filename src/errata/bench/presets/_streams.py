@@ -7,7 +7,7 @@ from typing import Any
 from errata.bench.cases import Case, Probe
 from errata.bench.preset import Method
 
-MOST_WORDINGS = 3  # of a past edit that are asked at every look
+MOST_WORDINGS = 2  # of a past edit that are asked at every look
 # Our label -> the name in the paper's table.
 NAMES = {
     "grace": "GRACE", "ft": "FT", "ft-ewc": "FT+EWC", "ft-retrain": "FT+Retrain", "mend": "MEND", "defer": "Defer",
@@ -20,7 +20,7 @@ def methods(changes: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[Met
     own = changes or {}
     found = (
         Method("grace", "grace", "stream", "model"),
-        Method("grace-published", "grace", "stream", "published"),
+        Method("grace-published", "grace", "stream", "published", most=300),
         Method("ft", "ft", "stream", "grace"),
         Method("ft-ewc", "ft_ewc", "stream"),
         Method("ft-retrain", "ft_retrain", "stream"),

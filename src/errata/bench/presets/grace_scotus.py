@@ -44,7 +44,7 @@ def world(context: Context) -> Sequence[Probe]:
     from errata.bench.data.scotus import ScotusRecord, scotus_case
     from errata.model.labels import label_names
 
-    if common.is_atlas(context.model_name) and not context.data:
+    if common.is_atlas(context.model_name) and context.data in (None, "atlas-docket"):
         from errata.atlas.docket import upstream
 
         records = [case.record() for case in upstream(UPSTREAM, seed=context.seed)]

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from errata.bench.tables import Table
 
-N, PUBLISHED_N, UPSTREAM = 1000, 5000, 1000
+N, PUBLISHED_N, UPSTREAM = 1000, 5000, 500
+EVERY = 200  # edits between two looks, at each of which all edits so far are asked
 
 
 def cases(context: Context) -> Sequence[Case]:
@@ -33,7 +34,7 @@ def cases(context: Context) -> Sequence[Case]:
 
 def world(context: Context) -> Sequence[Probe]:
     """Questions that no edit concerns: Atlas's, or those of the NQ file beside zsRE's (`{"questions": [...], "answers": [...]}`)."""
-    if common.is_atlas(context.model_name) and not context.data:
+    if common.is_atlas(context.model_name) and context.data in (None, "atlas-zsre"):
         from errata.atlas.kilt import upstream_questions, zsre_records
         from errata.atlas.world import load_world
 
@@ -84,6 +85,7 @@ PRESET = Preset(
     tables,
     n=N,
     published_n=PUBLISHED_N,
+    every=EVERY,
     world=world,
     figures=figures,
     roles=("decoder", "encoder-decoder"),

@@ -23,7 +23,7 @@ N, PUBLISHED_N = 200, 10_444
 
 
 def cases(context: Context) -> Sequence[Case]:
-    """Claims with rephrases, related claims, and a hundred others."""
+    """Claims with rephrases, related claims, and fifty others."""
     return claims.cases(context, N)
 
 

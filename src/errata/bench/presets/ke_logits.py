@@ -22,7 +22,7 @@ SHOWN = ("ft-all", "ke-l2", "ke+views")
 
 
 def cases(context: Context) -> Sequence[Case]:
-    """A few claims, each with a hundred others."""
+    """A few claims, each with fifty others."""
     return claims.cases(context, N)
 
 
