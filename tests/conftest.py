@@ -21,7 +21,7 @@ from errata.maths.transport import gaussian_transport
 from errata.model.anatomy import TABLE
 from errata.model.states import states_at
 from errata.scope.gate import Gate
-from errata.steering import Steering
+from errata.steering.parts import Steering
 from errata.training import TrainingItem
 
 VOCABULARY = 384

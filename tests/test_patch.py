@@ -24,7 +24,7 @@ from errata.model.states import states_at
 from errata.model.tokens import pad
 from errata.patch import FORMAT_VERSION, Handle, Patch, load_patch
 from errata.scope.gate import Gate
-from errata.steering import Steering
+from errata.steering.parts import Steering
 
 Make = Callable[..., Patch]
 SUBJECTS = ("France", "Japan", "Brazil", "Zürich")

@@ -18,7 +18,7 @@ from errata.model.loading import bundled
 from errata.prompts import contexts
 from errata.scope.features import gate_features
 from errata.scope.gate import GATE_FILE, Gate, save_gate
-from errata.steering import Steering
+from errata.steering.parts import Steering
 
 QUICK: dict[str, Any] = {
     "prompts": 9,

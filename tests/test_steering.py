@@ -27,8 +27,10 @@ from errata.model.tokens import pad
 from errata.patch import Handle, Patch, attach_rows
 from errata.scope.gate import Gate, Pooling
 from errata.scope.recall import AGAIN, ASKED, kinds
-from errata.steering import Steering
-from errata.steering_table import BEHIND, MARKS, NEAR, WORDS, SteeringTable
+from errata.steering.memory import Memory
+from errata.steering.parts import Steering
+from errata.steering.questions import BEHIND, MARKS, NEAR, WORDS
+from errata.steering.table import SteeringTable
 
 NEW = 7  # tokens that every loop decodes
 PROMPTS = ([11, 25, 301, 47], [90, 12, 55, 201, 33, 78], [5, 6, 7, 8, 9, 10, 11, 12, 13], [130, 131, 11, 25, 301])
@@ -408,7 +410,7 @@ def test_rows_have_edits_of_their_own(
     with attach_rows(case.model, tokenizer, [patches[c] if c < n else None for c in chosen]):
         assert generate(case.model, case.rows) == said
         assert generate(case.model, case.rows, use_cache=False) == said
-        monkeypatch.setattr(SteeringTable, "MEMORY", 1)
+        monkeypatch.setattr(Memory, "SIZE", 1)
         assert generate(case.model, case.rows, max_new_tokens=3) == [text[:3] for text in said]
     same = [mine == all_ for mine, all_ in zip(said, case.said, strict=True)]
     assert hooks_of(case.model) == hooks
@@ -417,7 +419,7 @@ def test_rows_have_edits_of_their_own(
 
 
 def test_forgetting_costs_a_pass_never_an_answer(case: Case, handle: Handle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SteeringTable, "MEMORY", 1)
+    monkeypatch.setattr(Memory, "SIZE", 1)
     assert generate(case.model, case.rows[:4]) == case.said[:4]
 
 

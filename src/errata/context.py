@@ -20,7 +20,7 @@ from errata.model.attached import CONTEXT, Suspendable, without_patches
 from errata.scope.balls import CLOSED, groups
 from errata.scope.features import gate_features
 from errata.scope.gate import Gate
-from errata.steering import Decision
+from errata.steering.parts import Decision
 
 
 @dataclass(frozen=True, eq=False)

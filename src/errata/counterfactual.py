@@ -1,7 +1,7 @@
 """Counterfactual parts: an edit as a text in a memory, read by another model that answers in its scope (SERAC).
 
 The other model, the expert, is small and of the edited model's family. It reads the edit's record and then the row, and its logits
-stand in the place of the edited model's. A part is a value; when it acts is `errata.steering_table`, as for steering. The
+stand in the place of the edited model's. A part is a value; when it acts is `errata.steering.table`, as for steering. The
 parts of a patch share their expert as they share their gate: the file holds it once.
 """
 

@@ -33,8 +33,8 @@ from errata.model.attached import CONTEXT, MERGED, STEERED, asked, scoped
 from errata.model.fingerprint import check_base
 from errata.output_table import OutputPart, OutputTable
 from errata.scope.gate import Gate
-from errata.steering import Decision, Steering, together
-from errata.steering_table import SteeringTable
+from errata.steering.parts import Decision, Steering, together
+from errata.steering.table import SteeringTable
 
 FORMAT_VERSION = 1
 # Readers of older files: MIGRATIONS[v] turns a header of version v into one of v + 1. Append only.

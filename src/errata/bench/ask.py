@@ -33,7 +33,7 @@ from errata.model.states import evaluating, input_device
 from errata.model.targets import IGNORED, supervised
 from errata.model.tokens import Batch, continuation_ids, pad, pad_id, token_ids
 from errata.patch import Patch, attach_rows, check_fits
-from errata.steering import Decision, together
+from errata.steering.parts import Decision, together
 
 OPEN_TOKENS = 12  # of an answer of which nothing is known but that it should stay
 LOGITS = 2**26  # numbers of logits at every position that are held at once

@@ -29,7 +29,7 @@ from errata.scope.gate import gate_for
 
 CACHE_LIMIT = 4 << 30  # bytes
 # What a fit's numbers depend on in this package; benchmarks, the command line and Atlas's data reach a fit as requests only.
-_CODE = ("*.py", "editors/*", "maths/*", "model/*", "prompts/*", "scope/*")
+_CODE = ("*.py", "editors/*", "maths/*", "model/*", "prompts/*", "scope/*", "steering/*")
 
 
 class RunDirectory:

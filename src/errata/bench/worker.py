@@ -25,7 +25,7 @@ from errata.merge import merge
 from errata.model.generate import greedy
 from errata.model.tokens import token_ids
 from errata.patch import Patch
-from errata.steering import Steering
+from errata.steering.parts import Steering
 
 SAMPLED = "generation"
 MAKING = ("fit", "chain", "stream")  # kinds of jobs that make patches for others

@@ -20,7 +20,7 @@ from errata.editors.sake import MINILM, SAKEConfig, SteeringFit, fit_each
 from errata.errors import ConfigError
 from errata.patch import Patch
 from errata.prompts import contexts
-from errata.steering import Steering
+from errata.steering.parts import Steering
 
 WORDINGS = 3  # of a pair's prompts that are tried
 PAPER = {"span": "first", "half": False, "gate": MINILM}

@@ -39,7 +39,7 @@ from errata.patch import Patch
 from errata.prompts import contexts
 from errata.prompts.sources import with_old_object
 from errata.scope.gate import Gate
-from errata.steering import Steering
+from errata.steering.parts import Steering
 
 MINILM = "encoder:sentence-transformers/paraphrase-MiniLM-L6-v2"
 PAPER = {

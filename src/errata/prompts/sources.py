@@ -16,7 +16,7 @@ from errata.patch import Patch
 from errata.prompts import agentic, contexts
 from errata.prompts.agentic import Judge, Kind
 from errata.prompts.endpoint import Endpoint
-from errata.steering import Decision
+from errata.steering.parts import Decision
 
 Source = Callable[[EditRequest], EditRequest]
 JudgeFor = Callable[[EditRequest, Kind], Judge]

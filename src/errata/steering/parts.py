@@ -1,6 +1,6 @@
 """Steering parts: one edit as a scope and a map for each token of its new object.
 
-A part is a value; how parts act on a model is `errata.steering_table`.
+A part is a value; how parts act on a model is `errata.steering.table`.
 """
 
 from collections.abc import Sequence
