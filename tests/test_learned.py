@@ -182,7 +182,7 @@ def test_the_named_command_writes_what_the_fit_looks_for(
     methods = [m for m in get_preset(name).methods if get_editor(m.editor).learns]
     assert methods
     for method in methods:
-        editor = editor_of(resolved(method, model, model_name))
+        editor: Any = editor_of(resolved(method, model, model_name))
         with pytest.raises(ConfigError, match="run `") as caught:
             editor.trained(model, tokenizer)
         words = str(caught.value).split("`")[1].split()
@@ -190,5 +190,5 @@ def test_the_named_command_writes_what_the_fit_looks_for(
         options = dict(zip(words[5::2], words[6::2], strict=True))
         made = make_editor(method.editor, options.get("--preset"), [options["--set"]] if "--set" in options else [])
         assert made.name == editor.name
-    changed = get_editor("ke")(steps=7, name="mine")
+    changed: Any = get_editor("ke")(steps=7, name="mine")
     assert changed._command(model).endswith(" --set name=mine --set steps=7")

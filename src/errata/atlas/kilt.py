@@ -86,10 +86,10 @@ class _Maker:
         hard = bool(near) and rng.random() < 0.5
         value = fact.object if true else rng.choice(near) if hard else another_object(self.world, fact, rng)
         first, *others = self._clozes(fact)
-        label, rephrases = LABELS[true], tuple(claim(statement, value, true).text for statement in others)
+        label, rephrases = LABELS[true], tuple(claim(statement, value, fact.object).text for statement in others)
         return KiltRecord(
             id=fact_id(fact),
-            input=claim(first, value, true).text,
+            input=claim(first, value, fact.object).text,
             output=(KiltOutput(answer=label),),
             rephrases=rephrases,
             prediction=label,
@@ -99,9 +99,8 @@ class _Maker:
         )
 
     def _unrelated_claim(self, fact: Fact) -> Unrelated:
-        true = self.rng.random() < 0.5
-        value = fact.object if true else another_object(self.world, fact, self.rng)
-        made = claim(self.rng.choice(self._clozes(fact)), value, true)
+        value = fact.object if self.rng.random() < 0.5 else another_object(self.world, fact, self.rng)
+        made = claim(self.rng.choice(self._clozes(fact)), value, fact.object)
         return Unrelated(input=made.text, answer=made.label)
 
     def question(self, fact: Fact) -> KiltRecord:
