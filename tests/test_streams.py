@@ -134,6 +134,13 @@ def test_of_contradicting_items_the_later_holds_and_both_are_reported() -> None:
     patch, _ = streams.follow(Fake(wrong=("t0", "t1", "t9")), None, None, [first, other, later], 10)
     assert patch is not None and streams.standing(patch) == [other.id, later.id]
     assert patch.report[later.id]["contradicts"] == [first.id] and patch.report[first.id]["overruled"] == [later.id]
+    marked, _ = streams.follow(Fake(wrong=("t0", "t1")), None, None, [first, other, later], 10)
+    assert marked is not None and streams.standing(marked) == [
+        first.id,
+        other.id,
+    ]  # the model says the later item by itself
+    marked = replace(marked, report=marked.report | {first.id: {"outcome": "add", "overruled": [later.id]}})
+    assert streams.standing(marked) == [first.id, other.id]
 
 
 def test_jobs_of_a_stream() -> None:

@@ -55,8 +55,10 @@ def edited(patch: Patch | None) -> list[str]:
 
 
 def standing(patch: Patch) -> list[str]:
-    """The edits that no later one contradicts."""
-    return [i for i in edited(patch) if not patch.report.get(i, {}).get("overruled")]
+    """The edits that no later edit contradicts; a later item that was no edit overrules none."""
+    made = edited(patch)
+    clashes = contradictions([r for r in patch.requests if r.id in set(made)])
+    return [i for i in made if "overruled" not in clashes.get(i, {})]
 
 
 def follow(

@@ -32,13 +32,13 @@ from errata.editor import Editor, Progress, quiet
 from errata.editors._items import (
     Item,
     column_of,
-    contradictions,
     items_of,
     logits_of,
     losses_of,
     place_of,
     says,
     wanted,
+    with_contradictions,
 )
 from errata.editors._value_rows import ValueJob
 from errata.editors._value_search import NLL, NormPenalty, Term, ValueSearchConfig, _without_gradients, search_values
@@ -63,11 +63,12 @@ ALONE: dict[Replace, Replace] = {"each": "last"}  # where a value is trained by 
 class GRACEConfig:
     """Settings of GRACE.
 
-    layer: negative from the end, "encoder.4" of an encoder; None for one near three quarters of the depth; site: the map
+    layer: negative from the end, "encoder.4" of an encoder; None for one near three quarters of the depth, of an encoder-
+    decoder in its decoder, in its encoder with replace "prompt" or keys at the subject (which it alone reads); site: the map
     whose input asks and whose output is replaced, "mlp" for the whole MLP, a role of the anatomy or a path in the block;
     None: the MLP, or the last of its maps where it is no module of its own (BERT). key: the token that asks, the prompt's
-    "last" or "first", or the "subject"'s (only where each token asks for itself); None: the first of a classifier, else the
-    last. replace: see `Place`; None: "each" in a decoder, in an encoder the one token that asks ("last"). radius: of a new
+    "last" or "first", or the "subject"'s (only where each token asks for itself); None: the first of a classifier (the last
+    with replace "prompt"), else the last. replace: see `Place`; None: "each" in a decoder, in an encoder the one token that asks ("last"). radius: of a new
     ball (the paper's epsilon), activation units; None for 0.6 |key| (0.1 |key| of a classifier). start: "warm", the map's
     own output or "cold" U[0, 1); training: plain "gradient" descent or with N(0, noise) added to the value at each step
     ("perturbed"). steps, lr (Adam's, activation units), stop (nats, 0 for never), norm: weight of the penalty (|value -
@@ -164,8 +165,8 @@ class GRACE(Editor[GRACEConfig]):
     ) -> Patch:
         """Fit requests in order. onto: a patch of this codebook that they come on top of; the result holds its edits too.
 
-        Raises RequestError, SubjectNotFoundError, AnatomyError for a layer or site that is not there, ConfigError if `onto` is
-        of another layer or other rules, BaseMismatchError if it is of another model.
+        Raises RequestError, SubjectNotFoundError, AnatomyError for a layer or site that is not there, ConfigError for a token
+        that cannot ask there, or if `onto` is of another layer or other rules, BaseMismatchError if it is of another model.
         """
         self.check(requests, model, tokenizer)
         parts, rules, config = anatomy(model), self.config.rules(model.dtype), self.config
@@ -189,12 +190,11 @@ class GRACE(Editor[GRACEConfig]):
                         if progress is not None:
                             progress(i + 1, len(items))
                 said = stream.says(items)
-        clashes = contradictions([*before.requests, *requests])
         for request, right in zip(requests, said, strict=True):
-            report[request.id] |= {"layer": place.layer, "converged": right} | clashes.get(request.id, {})
-        return replace(
-            before, requests=before.requests + tuple(requests), parts=tuple(stream.parts), report=before.report | report
-        )
+            report[request.id] |= {"layer": place.layer, "converged": right}
+        everything = before.requests + tuple(requests)
+        report = with_contradictions(before.report | report, everything)
+        return replace(before, requests=everything, parts=tuple(stream.parts), report=report)
 
 
 def _check_onto(patch: Patch, place: Place, rules: Rules, model: Any, tokenizer: Any) -> None:
