@@ -37,9 +37,9 @@ class AdapterConfig:
     layer: negative from the end, "encoder.4" of an encoder; None for one near three quarters of the depth (of an encoder-
     decoder's decoder, with replace "prompt" of its encoder); site: the linear map, a role of the anatomy or a path in the
     block; key: the token that asks for its row, the prompt's "last" or "first"; None: the first of a classifier (the last with
-    replace "prompt"), else the last; replace: see `Place` (published: "all"); None: "each" in a decoder, in
-    an encoder the one token that asks ("last"). steps, lr: Adam's, for each request; stop: nats at which a request is done,
-    0 for never. skip: leave out what the model already says. ending: text that the model is to say behind the new object.
+    replace "prompt"), else the last; replace: see `Place` (published: "all"); None: "each" in a decoder, in an encoder the one
+    token that asks ("last"). steps, lr: Adam's, for each request; stop: nats at which a request is done, 0 for never. skip:
+    leave out what the model already says. ending: text that the model is to say behind the new object.
     """
 
     layer: int | str | None = None

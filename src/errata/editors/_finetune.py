@@ -29,14 +29,15 @@ class TrainConfig:
     """How deltas are trained.
 
     layers: which blocks, from 0 or negative from the end, of an encoder-decoder's encoder as "encoder.0"; "first": block 0, of
-    an encoder-decoder the encoder's; "all", of both stacks; or None for the method's own choice. parameters: which of a block's: a role of the anatomy ("mlp_out") or a path in the block, for that map's weight and bias; "weights",
-    the matrices of all its linear maps (no biases, norms, embeddings); "block", everything. objective: "target_new", teacher
-    forced, or "prompt_last" (published), all target tokens at the prompt's last position. steps: epochs; lr, optimizer: "adam"
-    or "rmsprop"; batch: requests in a step. stop: nats below which a batch makes no step, and an epoch is the last; until:
-    "loss" or "says", to end as soon as the model says the targets. norm, eps: of the change, held after every step: "linf" max
-    |delta| <= eps for each parameter (FT-L), "l2" the Frobenius norm over all parameters <= eps (Zhu et al. 2020, both), None;
-    eps None with a norm: `SHARE` of the chosen weights' own, their root mean square for "linf" and their Frobenius norm for
-    "l2". ending: text that the model is to say behind the new object.
+    an encoder-decoder the encoder's; "all", of both stacks; or None for the method's own choice. parameters: which of a
+    block's: a role of the anatomy ("mlp_out") or a path in the block, for that map's weight and bias; "weights", the matrices
+    of all its linear maps (no biases, norms, embeddings); "block", everything. objective: "target_new", teacher forced, or
+    "prompt_last" (published), all target tokens at the prompt's last position. steps: epochs; lr, optimizer: "adam" or
+    "rmsprop"; batch: requests in a step. stop: nats below which a batch makes no step, and an epoch is the last; until: "loss"
+    or "says", to end as soon as the model says the targets. norm, eps: of the change, held after every step: "linf" max |delta|
+    <= eps for each parameter (FT-L), "l2" the Frobenius norm over all parameters <= eps (Zhu et al. 2020, both), None; eps None
+    with a norm: `SHARE` of the chosen weights' own, their root mean square for "linf" and their Frobenius norm for "l2".
+    ending: text that the model is to say behind the new object.
     """
 
     layers: tuple[Site, ...] | Literal["first", "all"] | None = None

@@ -65,16 +65,16 @@ class GRACEConfig:
 
     layer: negative from the end, "encoder.4" of an encoder; None for one near three quarters of the depth, of an encoder-
     decoder in its decoder, in its encoder with replace "prompt" or keys at the subject (which it alone reads); site: the map
-    whose input asks and whose output is replaced, "mlp" for the whole MLP, a role of the anatomy or a path in the block;
-    None: the MLP, or the last of its maps where it is no module of its own (BERT). key: the token that asks, the prompt's
-    "last" or "first", or the "subject"'s (only where each token asks for itself); None: the first of a classifier (the last
-    with replace "prompt"), else the last. replace: see `Place`; None: "each" in a decoder, in an encoder the one token that asks ("last"). radius: of a new
-    ball (the paper's epsilon), activation units; None for 0.6 |key| (0.1 |key| of a classifier). start: "warm", the map's
-    own output or "cold" U[0, 1); training: plain "gradient" descent or with N(0, noise) added to the value at each step
-    ("perturbed"). steps, lr (Adam's, activation units), stop (nats, 0 for never), norm: weight of the penalty (|value -
-    output| / |output|)^2, for warm values at the MLP's output. expand, guard, defer, match, same: see `Rules`; same
-    is at least 0.02 on models in half precision. skip: leave out what the model already says. ending: text that the model is
-    to say behind the new object.
+    whose input asks and whose output is replaced, "mlp" for the whole MLP, a role of the anatomy or a path in the block; None:
+    the MLP, or the last of its maps where it is no module of its own (BERT). key: the token that asks, the prompt's "last" or
+    "first", or the "subject"'s (only where each token asks for itself); None: the first of a classifier (the last with replace
+    "prompt"), else the last. replace: see `Place`; None: "each" in a decoder, in an encoder the one token that asks ("last").
+    radius: of a new ball (the paper's epsilon), activation units; None for 0.6 |key| (0.1 |key| of a classifier). start:
+    "warm", the map's own output or "cold" U[0, 1); training: plain "gradient" descent or with N(0, noise) added to the value at
+    each step ("perturbed"). steps, lr (Adam's, activation units), stop (nats, 0 for never), norm: weight of the penalty (|value
+    - output| / |output|)^2, for warm values at the MLP's output. expand, guard, defer, match, same: see `Rules`; same is at
+    least 0.02 on models in half precision. skip: leave out what the model already says. ending: text that the model is to say
+    behind the new object.
     """
 
     layer: int | str | None = None
