@@ -210,10 +210,12 @@ def test_what_was_right_already_is_no_past_edit(
     first = editor.fit(model, tokenizer, [FRANCE, twin])
     assert first.report[twin.id]["outcome"] == "already"
     assert "retrained" in editor.fit(model, tokenizer, [NEEDLE], onto=first).report[NEEDLE.id]  # it is the second edit
-    monkeypatch.setattr(
-        "errata.editors.ft_ewc.fisher",
-        lambda tuner, items: seen.append([i.name for i in items]) or fisher(tuner, items),
-    )
+
+    def noted(tuner: Tuner, items: Any) -> dict[str, Tensor]:
+        seen.append([item.name for item in items])
+        return fisher(tuner, items)
+
+    monkeypatch.setattr("errata.editors.ft_ewc.fisher", noted)
     FTEWC(**options, memory=2).fit(
         model, tokenizer, [NEEDLE], onto=FTEWC(**options).fit(model, tokenizer, [FRANCE, twin])
     )

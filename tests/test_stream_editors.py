@@ -201,7 +201,7 @@ def test_of_two_that_contradict_each_other_the_later_holds(
     model = tiny_other("bert")
     plain = predicted_labels(model, closing_tokenizer, TEXTS[:1])[0]
     one, two = (EditRequest(prompt=TEXTS[0], target_new=name) for name in LABELS if name != plain)
-    editor = get_editor(method)(**QUICK[method] | ({"order": "stream"} if method == "ft" else {}))
+    editor: Any = get_editor(method)(**QUICK[method] | ({"order": "stream"} if method == "ft" else {}))
     first = editor.fit(model, closing_tokenizer, [one])
     assert not first.report[one.id].keys() & {"contradicts", "overruled"}
     patch = editor.fit(model, closing_tokenizer, [one, two])
