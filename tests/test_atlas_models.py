@@ -12,18 +12,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
+import errata
 from conftest import tiny_other
 from errata.atlas.asking import every_prompt, prompts
 from errata.atlas.claims import another_object, claims, every_claim, hard_objects
 from errata.atlas.corpus import Corpus
 from errata.atlas.docket import EARLY, LATE, edit_stream, load_docket, upstream
 from errata.atlas.kilt import fact_id, fever_records, upstream_questions, zsre_records
+from errata.atlas.recall import answering_suites, docket_suites
 from errata.atlas.tasks import classifying
 from errata.atlas.train import TASKS, Trainer
 from errata.atlas.world import Fact, World, link, load_world
 from errata.bench.data.kilt import KiltRecord, annotated
 from errata.bench.data.scotus import ScotusRecord
 from errata.model.generate import greedy_answers
+from errata.model.targets import all_said
 
 ANSWERS_OF_FACTS = ("fit", "probe")
 
@@ -170,6 +173,24 @@ def test_a_model_that_knows_the_early_years_would_err_on_a_share_of_the_late_one
     assert str(case.year) in case.text
 
 
+# -- the shipped weights ---------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_t5_answers(world: World) -> None:
+    """On a seeded sample of prompts, led, framed and under other names: `errata.atlas.recall` asks them all."""
+    model, tokenizer = errata.load("atlas-t5")
+    pairs = [pair for _, own in answering_suites(world, 19, 11) for pair in own]
+    assert len(pairs) == 152
+    assert sum(all_said(model, tokenizer, pairs)) / len(pairs) >= 0.98
+
+
+def test_the_shipped_docket_knows_its_early_years_and_errs_on_the_late() -> None:
+    model, tokenizer = errata.load("atlas-docket")
+    early, late = (all_said(model, tokenizer, pairs) for _, pairs in docket_suites(150, 11))
+    assert len(early) == len(late) == 150
+    assert early.count(False) / 150 <= 0.05 and 0.20 <= late.count(False) / 150 <= 0.60
+
+
 # -- training ------------------------------------------------------------------------------------------------------------
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -203,7 +224,6 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
 
 
 def test_exports_are_loaded_by_name_and_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errata
     from errata.model import loading
 
     for name in ("t5", "bert", "docket"):

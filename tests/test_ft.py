@@ -14,7 +14,7 @@ from conftest import hooks_of, tiny_other
 from errata.dense import Dense
 from errata.dense_table import DENSE
 from errata.edit import EditRequest
-from errata.editors._finetune import TrainConfig, Tuner, parameters_of
+from errata.editors._finetune import TrainConfig, Tuner, layers_of, parameters_of
 from errata.editors._items import items_of
 from errata.editors.ft import FT
 from errata.editors.ft_ewc import FTEWC, fisher
@@ -48,6 +48,25 @@ def test_parameters_are_chosen_by_path(tiny: Tiny) -> None:
     assert len(parameters_of(model, [1, 2], "block")) == 2 * len(list(model.transformer.h[1].parameters()))
     with pytest.raises(AnatomyError, match="found none"):
         parameters_of(model, [0], "mlp_gate")
+
+
+def test_layers_of_both_stacks(closing_tokenizer: PreTrainedTokenizerFast) -> None:
+    """An encoder's blocks are named "encoder.0"; "first" is the one that reads first, and what is not there is refused by name."""
+    t5, bert = tiny_other("t5"), tiny_other("bert")
+    everything = ["encoder.0", "encoder.1", "encoder.2", 0, 1]
+    assert layers_of(t5, "all", 0) == everything and layers_of(t5, "first", 0) == ["encoder.0"]
+    assert layers_of(t5, (-1, "encoder.-1", "encoder.0", 1), 0) == ["encoder.0", "encoder.2", 1]
+    assert layers_of(t5, None, 1) == [1] and layers_of(bert, "all", 0) == [0, 1] and layers_of(bert, "first", 1) == [0]
+    assert parameters_of(t5, ["encoder.2"], "mlp_out") == ["encoder.block.2.layer.1.DenseReluDense.wo.weight"]
+    request = EditRequest(prompt="The capital of France is", target_new="Earth")
+    with pytest.raises(AnatomyError, match=r"from -3 to 2.*found 3"):
+        FT(layers=("encoder.3",)).fit(t5, closing_tokenizer, [request])
+    with pytest.raises(AnatomyError, match="'encoder.0', but this 'bert' model has one stack"):
+        layers_of(bert, ("encoder.0",), 0)
+    patch = FT(layers=("encoder.0",), parameters="block", steps=60, lr=1e-2).fit(t5, closing_tokenizer, [request])
+    report = patch.report[request.id]
+    assert all(name.startswith("encoder.block.0.") for name in patch.dense[0].deltas)
+    assert report["layers"] == ["encoder.0"] and report["curve"][-1] < 0.8 * report["curve"][0]
 
 
 @pytest.mark.parametrize("objective", ["target_new", "prompt_last"])
@@ -119,8 +138,10 @@ def test_zhu_stays_within_a_share_of_the_weights(
     own = float(weights.square().mean().sqrt() if linf else weights.norm())
     assert patch.report[request.id]["eps"] == pytest.approx(0.01 * own)
     assert len(sizes) == 4 and max(*sizes, measured(part.deltas)) <= 0.01 * own and max(sizes) > 0.0099 * own
-    blocks = [block for block in anatomy(model).blocks if any(name.startswith(f"{block}.") for name in part.deltas)]
-    assert len(blocks) == (1 if "first" in preset else 2)
+    parts = anatomy(model)
+    blocks = [*(parts.encoder.blocks if parts.encoder else ()), *parts.blocks]  # in the order in which they run
+    tuned = [block for block in blocks if any(name.startswith(f"{block}.") for name in part.deltas)]
+    assert tuned == (blocks[:1] if "first" in preset else blocks)
 
 
 def test_fisher_is_the_mean_squared_gradient(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -176,6 +197,29 @@ def test_retraining_comes_after_every_so_many_edits(tiny: Tiny, tokenizer: PreTr
     alone = FT(layers=(0,), steps=2, lr=1e-2, stop=0.0).fit(model, tokenizer, [NEEDLE])
     for name, delta in again.dense[0].deltas.items():  # from the model's own weights, on the latest edit only
         assert torch.allclose(delta, alone.dense[0].deltas[name], atol=1e-7)
+
+
+def test_what_was_right_already_is_no_past_edit(
+    tiny: Tiny, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Going on from a patch as within one fit: `every` counts edits, and neither memory nor Fisher holds anything else."""
+    model, seen = tiny("llama"), list[list[str]]()
+    twin = FRANCE.model_copy(update={"relation": "capital"})
+    options: dict[str, Any] = {"layers": (0,), "lr": 1e-2, "steps": 60}
+    editor = FTRetrain(**options, every=2, epochs=1)
+    first = editor.fit(model, tokenizer, [FRANCE, twin])
+    assert first.report[twin.id]["outcome"] == "already"
+    assert "retrained" in editor.fit(model, tokenizer, [NEEDLE], onto=first).report[NEEDLE.id]  # it is the second edit
+
+    def noted(tuner: Tuner, items: Any) -> dict[str, Tensor]:
+        seen.append([item.name for item in items])
+        return fisher(tuner, items)
+
+    monkeypatch.setattr("errata.editors.ft_ewc.fisher", noted)
+    FTEWC(**options, memory=2).fit(
+        model, tokenizer, [NEEDLE], onto=FTEWC(**options).fit(model, tokenizer, [FRANCE, twin])
+    )
+    assert seen == [[FRANCE.target_new]]
 
 
 def test_a_stream_trains_until_the_model_says_it(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,7 +1,7 @@
 """GRACE on tiny models: what it adds, skips, widens, parts and forgets; and a few edits on Atlas."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from errata.model.generate import says as begins
 from errata.model.hooks import Capture
 from errata.model.loading import bundled
 from errata.output_table import Site
+from errata.patch import Patch
 
 Tiny = Callable[..., Any]
 # Objects of one token: one value of a random model does not carry a whole word.
@@ -69,10 +70,12 @@ def test_a_stream_skips_replaces_and_goes_on(tiny: Tiny, tokenizer: PreTrainedTo
     twin = FRANCE.model_copy(update={"relation": "capital"})  # another request of the same fact
     longer = editor.fit(model, tokenizer, [twin, AGAIN], onto=patch)
     assert longer.ids == (FRANCE.id, twin.id, AGAIN.id)
-    assert longer.report[twin.id]["outcome"] == "already" and [p.edit for p in longer.outputs] == [FRANCE.id, AGAIN.id]
+    assert longer.report[twin.id]["outcome"] == "covered" and longer.report[twin.id]["by"] == [FRANCE.id]
+    assert [p.edit for p in longer.outputs] == [FRANCE.id, twin.id, AGAIN.id]
     assert longer.report[AGAIN.id]["outcome"] == "replace" and longer.report[AGAIN.id]["replaced"] == [FRANCE.id]
     whole = editor.fit(model, tokenizer, [FRANCE, twin, AGAIN])
-    assert [p.edit for p in whole.outputs] == [FRANCE.id, AGAIN.id] and not whole.report[FRANCE.id]["converged"]
+    assert [p.edit for p in whole.outputs] == [FRANCE.id, twin.id, AGAIN.id]
+    assert not whole.report[FRANCE.id]["converged"]
     items = items_of(tokenizer, [FRANCE, AGAIN])
     for fitted in (longer, whole):
         with fitted.attach(model, tokenizer):
@@ -91,7 +94,7 @@ def test_neighbours_share_a_ball_or_part(tiny: Tiny, tokenizer: PreTrainedTokeni
         patch = GRACE(**options, **changes).fit(model, tokenizer, [FRANCE, near])
         book = Site(patch.outputs).book
         assert book is not None and len(book) == 1 and float(book.radii[0]) == pytest.approx(radius, rel=1e-3)
-        assert patch.report[near.id]["outcome"] in ("expand", "already")
+        assert patch.report[near.id]["outcome"] in ("expand", "covered")
     other = near.model_copy(update={"target_new": "Paris"})
     patch = GRACE(**options).fit(model, tokenizer, [FRANCE, other])
     book = Site(patch.outputs).book
@@ -101,6 +104,74 @@ def test_neighbours_share_a_ball_or_part(tiny: Tiny, tokenizer: PreTrainedTokeni
     )
     published = GRACE(**GRACE.presets["published"] | {"layer": 0, "radius": 0.7 * apart, "steps": 5})
     assert published.fit(model, tokenizer, [FRANCE, other]).report[other.id]["outcome"] == "split"
+
+
+def same_book(one: Patch, other: Sequence[Any]) -> None:
+    left, right = Site(one.outputs).book, Site(other).book
+    assert left is not None and right is not None and left.labels == right.labels
+    for name in ("keys", "values", "radii"):
+        assert torch.equal(getattr(left, name), getattr(right, name))
+
+
+def test_what_earlier_edits_answer_holds_without_them(
+    tiny: Tiny, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Three prompts in one ball: the second and third change nothing while the first is there, and stay without it."""
+    model = tiny("gpt2", layers=3)
+    names = ("France", "Japan", "Zürich")
+    requests = [FRANCE.model_copy(update={"subject": name}) for name in names]
+    keys = [key_at(model, tokenizer, r) for r in requests]
+    far = max(float((keys[0] - key).norm()) for key in keys)
+    editor = GRACE(layer=0, radius=1.1 * far, steps=25, lr=1.0)
+    first, *others = requests
+    patch = editor.fit(model, tokenizer, [*requests, NEEDLE])
+    assert [patch.report[r.id]["outcome"] for r in requests] == ["add", "covered", "covered"]
+    assert patch.report[others[1].id]["by"] == [first.id]
+    same_book(patch, [p for p in patch.outputs if p.edit in (first.id, NEEDLE.id)])  # they bear on nothing
+    (own,) = editor.fit(model, tokenizer, [first]).parts
+    apart = editor.fit(model, tokenizer, others, onto=editor.fit(model, tokenizer, [first]))
+    assert apart.parts[0].value.equal(own.value) and [p.covered_by for p in apart.outputs[1:]] == [(first.id,)] * 2
+    patch.save(tmp_path / "patch.safetensors")
+    loaded = errata.load_patch(tmp_path / "patch.safetensors")
+    assert loaded == patch and loaded.outputs[1].covered_by == (first.id,)
+    items = items_of(tokenizer, requests)
+    merged = editor.fit(model, tokenizer, [NEEDLE]) + loaded.without(NEEDLE.id)
+    left = loaded.without(first.id)
+    for kept in (left, merged.without(first.id), left.without(others[0].id), loaded.only(others[1].id)):
+        with kept.attach(model, tokenizer):
+            assert says(model, [i for r, i in zip(requests, items, strict=True) if r.id in kept.ids]) == (
+                [True] * (len(kept) - (NEEDLE.id in kept.ids))
+            )
+    with left.attach(model, tokenizer), editor.fit(model, tokenizer, [first]).attach(model, tokenizer):
+        assert says(model, items) == [True] * 3
+    more = editor.fit(model, tokenizer, [first], onto=left)  # what is left is a codebook to go on from
+    assert more.report[first.id]["outcome"] == "covered" and more.report[first.id]["by"] == [r.id for r in others]
+
+
+def test_what_an_edit_answers_at_another_token_has_a_value_of_its_own(
+    tiny: Tiny, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A prompt that goes on from an edit's: its own asking token lies in no ball."""
+    model = tiny("gpt2", layers=3)
+    editor = GRACE(layer=0, radius=0.01, steps=40, lr=1.0)
+    patch = editor.fit(model, tokenizer, [FRANCE])
+    words = [w for i in range(len(tokenizer)) if (w := str(tokenizer.decode([i]))).strip().isalpha() and w[0] == " "]
+    with patch.attach(model, tokenizer):
+        said = [text.strip() for text in greedy(model, tokenizer, [FRANCE.text + word for word in words], 1)]
+        turned = [
+            EditRequest(prompt=FRANCE.text + word, target_new=to)
+            for word, to in zip(words, said, strict=True)
+            if to.isalpha()
+        ]
+        turned = [r for r, ok in zip(turned, says(model, items_of(tokenizer, turned)), strict=True) if ok]
+    before = says(model, items_of(tokenizer, turned))
+    wrong = [r for r, ok in zip(turned, before, strict=True) if not ok]
+    assert wrong, turned
+    longer = editor.fit(model, tokenizer, wrong[:1], onto=patch)
+    assert longer.report[wrong[0].id]["outcome"] == "covered" and longer.report[wrong[0].id]["by"] == [FRANCE.id]
+    same_book(longer, patch.outputs)
+    with longer.without(FRANCE.id).attach(model, tokenizer):
+        assert says(model, items_of(tokenizer, [FRANCE, wrong[0]])) == [False, True]
 
 
 def test_keys_at_the_subject_serve_every_continuation(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -13,12 +13,16 @@ from conftest import LABELS, hooks_of, tiny_other
 from errata.atlas.docket import edit_stream, upstream
 from errata.bench.ask import Question, ask
 from errata.bench.cases import Probe
+from errata.bench.streams import NO_EDIT
+from errata.codebook import Place
 from errata.edit import EditRequest
 from errata.editors import get_editor
 from errata.editors._items import items_of, logits_of, losses_of, says
 from errata.editors.grace import GRACE
 from errata.errors import AnatomyError, ConfigError, RequestError
+from errata.model.anatomy import anatomy
 from errata.model.generate import greedy
+from errata.model.hooks import Capture
 from errata.model.labels import label_names, predicted_labels
 from errata.model.targets import supervised
 from errata.model.tokens import pad
@@ -95,6 +99,64 @@ def test_edits_hold_come_off_and_are_kept(
                 torch.testing.assert_close(together[i, : alone.shape[1]], alone[0], atol=1e-4, rtol=1e-4)
 
 
+def learn(model: Any, tokenizer: Any, answers: dict[str, str]) -> None:
+    """Train a model on these answers: in a random one an encoder bears too little on the decoder to choose a word."""
+    items = items_of(tokenizer, [EditRequest(prompt=p, target_new=t) for p, t in answers.items()])
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimiser.zero_grad()
+        losses_of(model, items).sum().backward()
+        optimiser.step()
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_the_published_codebook_reads_the_prompt(family: str, closing_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Without a layer or a key: the tokens before the last are replaced, in an encoder, and the model says the target."""
+    model, [request, _] = tiny_other(family), requests_for(family)
+    if family == "t5":
+        learn(model, closing_tokenizer, {TEXTS[0]: "Paris", "Japan is on": "Earth", "It is on": "Earth"})
+    patch = GRACE.preset("published", steps=50).fit(model, closing_tokenizer, [request])
+    [part] = patch.outputs
+    assert part.place == Place("encoder.1" if family == "t5" else 0, "mlp_out", "prompt", "last")
+    assert patch.report[request.id]["converged"] and not says(model, items_of(closing_tokenizer, [request]))[0]
+    with patch.attach(model, closing_tokenizer):
+        assert greedy(model, closing_tokenizer, [request.text], 8)[0].strip() == request.target_new
+
+
+def test_a_place_where_nothing_would_be_replaced_is_refused(closing_tokenizer: PreTrainedTokenizerFast) -> None:
+    bert, t5 = tiny_other("bert"), tiny_other("t5")
+    for method in ("grace", "defer", "memory"):
+        kind = get_editor(method)
+        with pytest.raises(ConfigError, match="with key 'first', found 'prompt'"):
+            kind(key="first", replace="prompt").fit(bert, closing_tokenizer, requests_for("bert"))
+        with pytest.raises(ConfigError, match="replace='prompt'.*the decoder's 0.*'encoder.1'"):
+            kind(layer=0, replace="prompt").fit(t5, closing_tokenizer, requests_for("t5"))
+    subject = EditRequest(prompt="The capital of {} is", subject="France", target_new="Earth")
+    with pytest.raises(ConfigError, match="key='subject'.*found the decoder's 1, which asks at its start token"):
+        GRACE(key="subject", layer=1).fit(t5, closing_tokenizer, [subject])
+
+
+def test_the_subject_asks_in_an_encoder(closing_tokenizer: PreTrainedTokenizerFast) -> None:
+    """The key is the map's input at the subject's last token; another prompt that begins alike is answered there too."""
+    model = tiny_other("t5")
+    subject = EditRequest(prompt="The capital of {} is", subject="France", target_new="Earth")
+    patch = GRACE(**QUICK["grace"], key="subject").fit(model, closing_tokenizer, [subject])
+    [part] = patch.outputs
+    assert part.place.layer == "encoder.1" and part.place.replace == "each"
+    ids = closing_tokenizer(subject.text)["input_ids"]
+    at = len(closing_tokenizer("The capital of France")["input_ids"]) - 2  # the end token stands behind it
+    path = part.place.path(anatomy(model))
+    with torch.no_grad(), Capture(model, [path], of="input") as asked, Capture(model, [path]) as plain:
+        model.encoder(torch.tensor([ids]))
+    torch.testing.assert_close(part.key, asked[path][0, at], atol=1e-5, rtol=1e-5)
+    with patch.attach(model, closing_tokenizer), torch.no_grad(), Capture(model, [path]) as edited:
+        model.encoder(torch.tensor([ids]))
+    changed = (edited[path] != plain[path])[0].any(-1)
+    assert changed.nonzero()[:, 0].tolist() == [at] and torch.allclose(edited[path][0, at], part.value)
+    curve = patch.report[subject.id]["curve"]
+    assert min(curve) < curve[0]
+
+
 def test_a_classifier_asks_at_the_token_that_its_head_reads(closing_tokenizer: PreTrainedTokenizerFast) -> None:
     """Outside the balls every bit stays; only the first token is replaced, and the key is the map's input there."""
     model = tiny_other("bert")
@@ -132,15 +194,20 @@ def test_what_cannot_be_meant_is_refused(closing_tokenizer: PreTrainedTokenizerF
         GRACE(layer="encoder.3").fit(t5, closing_tokenizer, [first])
 
 
-@pytest.mark.parametrize("method", ["grace", "defer"])
+@pytest.mark.parametrize("method", list(QUICK))
 def test_of_two_that_contradict_each_other_the_later_holds(
     method: str, closing_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     model = tiny_other("bert")
     plain = predicted_labels(model, closing_tokenizer, TEXTS[:1])[0]
     one, two = (EditRequest(prompt=TEXTS[0], target_new=name) for name in LABELS if name != plain)
-    patch = get_editor(method)(**QUICK[method]).fit(model, closing_tokenizer, [one, two])
-    assert patch.report[two.id]["contradicts"] == [one.id] and patch.report[one.id]["overruled"] == [two.id]
+    editor: Any = get_editor(method)(**QUICK[method] | ({"order": "stream"} if method == "ft" else {}))
+    first = editor.fit(model, closing_tokenizer, [one])
+    assert not first.report[one.id].keys() & {"contradicts", "overruled"}
+    patch = editor.fit(model, closing_tokenizer, [one, two])
+    for found in (patch, editor.fit(model, closing_tokenizer, [two], onto=first)):
+        assert found.report[two.id]["contradicts"] == [one.id] and found.report[one.id]["overruled"] == [two.id]
+        assert "layer" in found.report[one.id] or "layers" in found.report[one.id]  # what stood there stays
     with patch.attach(model, closing_tokenizer):
         assert predicted_labels(model, closing_tokenizer, TEXTS[:1]) == [two.target_new]
 
@@ -154,7 +221,7 @@ def test_a_stream_of_the_docket(tmp_path: Path) -> None:
     requests = [EditRequest(prompt=c.text, target_new=str(c.label)) for c in cases]  # numbers name classes too
     plain = predicted_labels(model, tokenizer, [c.text for c in cases])
     patch = GRACE.preset("atlas-docket").fit(model, tokenizer, requests)
-    edited = [r for r in requests if patch.report[r.id].get("outcome") != "already"]
+    edited = [r for r in requests if patch.report[r.id].get("outcome") not in NO_EDIT]
     wrong = sum(said != names[c.label] for said, c in zip(plain, cases, strict=True))
     assert 0 < len(edited) <= wrong
     book = Site(patch.outputs).book

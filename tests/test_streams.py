@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 import errata
 from conftest import tiny_other
@@ -26,6 +27,7 @@ from errata.bench.runner import Plan, plan_jobs, run
 from errata.edit import EditRequest
 from errata.editor import Editor
 from errata.errors import ConfigError, RecordError, RequestError
+from errata.model.labels import predicted_labels
 from errata.patch import Patch
 
 FEVER = {
@@ -92,6 +94,27 @@ def test_a_stream_stops_at_its_looks_and_goes_on() -> None:
         assert len(asked) <= 2
 
 
+def test_what_earlier_edits_make_right_is_no_edit(closing_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Seen, kept as a request, never counted, never a method's past; the parts that stand for it go along."""
+    model, tokenizer = tiny_other("bert", num_labels=2, id2label={0: "no", 1: "yes"}), closing_tokenizer
+    editor = errata.get_editor("grace")(layer=0, steps=40, lr=1.0, radius=50.0)  # one ball around everything
+    texts = [f"The {word} claim" for word in ("first", "second", "third")]
+    [said] = set(predicted_labels(model, tokenizer, texts))
+    stream = [EditRequest(prompt=text, target_new="yes" if said == "no" else "no") for text in texts]
+    stream.append(EditRequest(prompt=texts[0], target_new=said))
+    plain, _ = streams.follow(editor, model, tokenizer, stream[-1:], 5)
+    assert plain is not None and plain.report[stream[-1].id]["outcome"] == "already" and not plain.parts
+    patch, errors = streams.follow(editor, model, tokenizer, stream[:2], 5)
+    patch, more = streams.follow(editor, model, tokenizer, stream, 5, patch)  # in two parts, as the runner does
+    assert patch is not None and not errors and not more
+    assert [patch.report[r.id]["outcome"] for r in stream] == ["add", "covered", "covered", "replace"]
+    assert patch.ids == tuple(r.id for r in stream) and len(patch.parts) == 4
+    assert streams.edited(patch) == [stream[0].id, stream[3].id] and streams.standing(patch) == [stream[3].id]
+    cases = [Case(f"c{i}", r, ()) for i, r in enumerate(stream)]
+    rows = streams.entries("grace", cases, patch, streams.edited(patch), {})
+    assert [r["case"] for r in rows] == ["c0", "c3"] and streams.keys_per_edit([r["report"] for r in rows]) == 0.5
+
+
 def test_what_fails_is_named_and_the_rest_goes_on() -> None:
     editor = Fake(wrong=("t0", "t1", "t2", "t3"), broken=("t1",))
     patch, errors = streams.follow(editor, None, None, items(4), 3)
@@ -111,6 +134,13 @@ def test_of_contradicting_items_the_later_holds_and_both_are_reported() -> None:
     patch, _ = streams.follow(Fake(wrong=("t0", "t1", "t9")), None, None, [first, other, later], 10)
     assert patch is not None and streams.standing(patch) == [other.id, later.id]
     assert patch.report[later.id]["contradicts"] == [first.id] and patch.report[first.id]["overruled"] == [later.id]
+    marked, _ = streams.follow(Fake(wrong=("t0", "t1")), None, None, [first, other, later], 10)
+    assert marked is not None and streams.standing(marked) == [
+        first.id,
+        other.id,
+    ]  # the model says the later item by itself
+    marked = replace(marked, report=marked.report | {first.id: {"outcome": "add", "overruled": [later.id]}})
+    assert streams.standing(marked) == [first.id, other.id]
 
 
 def test_jobs_of_a_stream() -> None:

@@ -1,8 +1,9 @@
 """Codebook parts: what one edit asks of the codebook at a layer, and adapters in the place of a codebook.
 
 A codebook at run time is what its edits, inserted in their order, make of it (`errata.maths.codebook`); so patches join by
-listing their parts, and an edit that is taken out leaves the codebook that would be there without it. How parts act on a model
-is `errata.output_table`.
+listing their parts, and an edit that is taken out takes its keys along, with all that they did to balls. Values are not trained
+again: one that several edits share was trained for all of them, and keeps the influence of one that is gone. How parts act on a
+model is `errata.output_table`.
 """
 
 from dataclasses import asdict, dataclass
@@ -71,7 +72,8 @@ class CodebookEntry:
     """One edit of a codebook: (key, label) is to be answered with value.
 
     key (a,) and value (b,): input and output of the place's linear map, activation units; radius: the initial one; label: what
-    is answered, ids of the target's tokens or a class; rules: those of the codebook, the same for all its edits.
+    is answered, ids of the target's tokens or a class; rules: those of the codebook, the same for all its edits; covered_by:
+    edits that answer it already, while which are all there it is left out of the codebook.
     """
 
     edit: str
@@ -81,6 +83,7 @@ class CodebookEntry:
     label: tuple[int, ...]
     place: Place
     rules: Rules
+    covered_by: tuple[str, ...] = ()
 
     kind = "codebook"
 
@@ -90,7 +93,9 @@ class CodebookEntry:
         return len(self.value), len(self.key)
 
     def insert_into(self, book: Codebook) -> None:
-        """Insert it, with its value whether its entry is new or not."""
+        """Insert it, with its value whether its entry is new or not, unless those that it is covered by are all there."""
+        if self.covered_by and {tag for tags in book.tags for tag in tags}.issuperset(self.covered_by):
+            return
         done = book.insert(self.key, self.value, self.radius, self.label, self.edit)
         book.set_value(done.entry, self.value)
 
@@ -103,6 +108,7 @@ class CodebookEntry:
             "label": list(self.label),
             "place": asdict(self.place),
             "rules": asdict(self.rules),
+            **({"covered_by": list(self.covered_by)} if self.covered_by else {}),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -114,7 +120,7 @@ class CodebookEntry:
         """The part of a header and its tensors; a codebook has no gate."""
         return cls(
             header["edit"], tensors["key"], tensors["value"], header["radius"], tuple(header["label"]),
-            Place(**header["place"]), Rules(**header["rules"]),
+            Place(**header["place"]), Rules(**header["rules"]), tuple(header.get("covered_by", ())),
         )  # fmt: skip
 
 

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from errata.bench.intervals import Rate
     from errata.bench.tables import Table
 
-ALREADY, FAILED = "already", "failed"  # outcomes of items that are no edits
+# Outcomes of items that are no edits: the model as it stands says them, by itself or by earlier edits, or they failed.
+ALREADY, COVERED, FAILED = "already", "covered", "failed"
+NO_EDIT = (ALREADY, COVERED, FAILED)
 NEW_KEYS = ("add", "split")  # outcomes that add a key to a codebook
 Errors = dict[str, str]
 
@@ -49,12 +51,14 @@ def edited(patch: Patch | None) -> list[str]:
     """Ids of the items that were edited, in order: a stream's patch also names what the model had right and what failed."""
     if patch is None:
         return []
-    return [i for i in patch.ids if patch.report.get(i, {}).get("outcome") not in (ALREADY, FAILED)]
+    return [i for i in patch.ids if patch.report.get(i, {}).get("outcome") not in NO_EDIT]
 
 
 def standing(patch: Patch) -> list[str]:
-    """The edits that no later one contradicts."""
-    return [i for i in edited(patch) if not patch.report.get(i, {}).get("overruled")]
+    """The edits that no later edit contradicts; a later item that was no edit overrules none."""
+    made = edited(patch)
+    clashes = contradictions([r for r in patch.requests if r.id in set(made)])
+    return [i for i in made if "overruled" not in clashes.get(i, {})]
 
 
 def follow(
@@ -110,13 +114,13 @@ def _streamed(
     except Exception as error:  # whatever a method raises is an item's failure, not the run's
         if len(items) == 1:
             return patch, [], {items[0].id: _words(error)}
-        new: list[str] = []
-        failed = Errors()
+        new, failed = list[str](), Errors()
         for item in items:
             patch, own, errors = _streamed(editor, model, tokenizer, [item], patch, seed)
             new, failed = [*new, *own], failed | errors
         return patch, new, failed
-    return _seen(found, patch, items), [r.id for r in items if found.report[r.id].get("outcome") != ALREADY], {}
+    new = [r.id for r in items if found.report[r.id].get("outcome") not in NO_EDIT]
+    return _seen(found, patch, items), new, {}
 
 
 def _past(patch: Patch) -> Patch:

@@ -210,7 +210,8 @@ def notice_conflicts(requests: Iterable[EditRequest]) -> list[list[str]]:
     for earlier, later in pairs:
         notice(
             f"edits {earlier.id} ({earlier.text} -> {earlier.target_new}) and {later.id} ({later.text} -> "
-            f"{later.target_new}) are about the same subject and relation; attached together, the later one wins"
+            f"{later.target_new}) are about the same subject and relation; attached together, the later one wins where each "
+            "edit has a scope or a key of its own, and they add up where edits change weights: keep one of the two"
         )
     return [[later.id, earlier.id] for earlier, later in pairs]
 

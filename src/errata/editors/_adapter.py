@@ -14,11 +14,11 @@ from errata.editor import Editor, Progress, quiet
 from errata.editors._items import (
     Item,
     column_of,
-    contradictions,
     items_of,
     losses_of,
     place_of,
     says,
+    with_contradictions,
 )
 from errata.editors._value_search import _without_gradients
 from errata.errors import AnatomyError, ConfigError
@@ -34,11 +34,12 @@ from errata.patch import Patch, check_fits
 class AdapterConfig:
     """Settings of an adapter.
 
-    layer: negative from the end, "encoder.4" of an encoder; None for one near three quarters of the depth; site: the linear
-    map, a role of the anatomy or a path in the block; key: the token that asks for its row, the prompt's "last" or "first";
-    None: the first of a classifier, else the last; replace: see `Place` (published: "all"); None: "each" in a decoder, in
-    an encoder the one token that asks ("last"). steps, lr: Adam's, for each request; stop: nats at which a request is done,
-    0 for never. skip: leave out what the model already says. ending: text that the model is to say behind the new object.
+    layer: negative from the end, "encoder.4" of an encoder; None for one near three quarters of the depth (of an encoder-
+    decoder's decoder, with replace "prompt" of its encoder); site: the linear map, a role of the anatomy or a path in the
+    block; key: the token that asks for its row, the prompt's "last" or "first"; None: the first of a classifier (the last with
+    replace "prompt"), else the last; replace: see `Place` (published: "all"); None: "each" in a decoder, in an encoder the one
+    token that asks ("last"). steps, lr: Adam's, for each request; stop: nats at which a request is done, 0 for never. skip:
+    leave out what the model already says. ending: text that the model is to say behind the new object.
     """
 
     layer: int | str | None = None
@@ -94,8 +95,8 @@ class AdapterEditor(Editor[C]):
     ) -> Patch:
         """Train on requests in order. onto: a patch of this adapter to go on from; the result holds its edits too.
 
-        Raises RequestError, SubjectNotFoundError, AnatomyError for a layer or site that is not there, ConfigError if `onto` is
-        of another place, BaseMismatchError if it is of another model.
+        Raises RequestError, SubjectNotFoundError, AnatomyError for a layer or site that is not there, ConfigError if nothing
+        would be replaced, or `onto` is of another place, BaseMismatchError if it is of another model.
         """
         self.check(requests, model, tokenizer)
         parts, config = anatomy(model), self.config
@@ -118,12 +119,12 @@ class AdapterEditor(Editor[C]):
                         progress(i + 1, len(items))
                 said = run.says(items)
         everything = before.requests + tuple(requests)
-        clashes = contradictions(everything)
         for request, right in zip(requests, said, strict=True):
-            report[request.id] |= {"layer": place.layer, "converged": right} | clashes.get(request.id, {})
+            report[request.id] |= {"layer": place.layer, "converged": right}
         found = {name: t.detach().cpu().clone() for name, t in run.weights.items()}
         trained = () if run.inert else (self.part(tuple(r.id for r in everything), found, place),)
-        return replace(before, requests=everything, parts=trained, report=before.report | report)
+        report = with_contradictions(before.report | report, everything)
+        return replace(before, requests=everything, parts=trained, report=report)
 
 
 class _Run:

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from errata.editors._items import losses_of, says
+from errata.editors._items import layer_of, losses_of, says
 from errata.editors._value_rows import Row
 from errata.errors import AnatomyError, ConfigError
 from errata.low_rank import map_path
 from errata.low_rank_table import base_layer
-from errata.model.anatomy import anatomy, submodule
+from errata.model.anatomy import Site, anatomy, submodule
 
 Penalty = Callable[[dict[str, Tensor]], Tensor]
 """Deltas -> a loss to be added, nats."""
@@ -28,18 +28,19 @@ HELD = 1 - 1e-6  # a projection ends just inside its ball, so that rounding cann
 class TrainConfig:
     """How deltas are trained.
 
-    layers: which blocks, from 0 or negative from the end; "first", "all", or None for the method's own choice. parameters:
-    which of a block's: a role of the anatomy ("mlp_out") or a path in the block, for that map's weight and bias; "weights",
-    the matrices of all its linear maps (no biases, norms, embeddings); "block", everything. objective: "target_new", teacher
-    forced, or "prompt_last" (published), all target tokens at the prompt's last position. steps: epochs; lr, optimizer: "adam"
-    or "rmsprop"; batch: requests in a step. stop: nats below which a batch makes no step, and an epoch is the last; until:
-    "loss" or "says", to end as soon as the model says the targets. norm, eps: of the change, held after every step: "linf" max
-    |delta| <= eps for each parameter (FT-L), "l2" the Frobenius norm over all parameters <= eps (Zhu et al. 2020, both), None;
-    eps None with a norm: `SHARE` of the chosen weights' own, their root mean square for "linf" and their Frobenius norm for
-    "l2". ending: text that the model is to say behind the new object.
+    layers: which blocks, from 0 or negative from the end, of an encoder-decoder's encoder as "encoder.0"; "first": block 0, of
+    an encoder-decoder the encoder's; "all", of both stacks; or None for the method's own choice. parameters: which of a
+    block's: a role of the anatomy ("mlp_out") or a path in the block, for that map's weight and bias; "weights", the matrices
+    of all its linear maps (no biases, norms, embeddings); "block", everything. objective: "target_new", teacher forced, or
+    "prompt_last" (published), all target tokens at the prompt's last position. steps: epochs; lr, optimizer: "adam" or
+    "rmsprop"; batch: requests in a step. stop: nats below which a batch makes no step, and an epoch is the last; until: "loss"
+    or "says", to end as soon as the model says the targets. norm, eps: of the change, held after every step: "linf" max |delta|
+    <= eps for each parameter (FT-L), "l2" the Frobenius norm over all parameters <= eps (Zhu et al. 2020, both), None; eps None
+    with a norm: `SHARE` of the chosen weights' own, their root mean square for "linf" and their Frobenius norm for "l2".
+    ending: text that the model is to say behind the new object.
     """
 
-    layers: tuple[int, ...] | Literal["first", "all"] | None = None
+    layers: tuple[Site, ...] | Literal["first", "all"] | None = None
     parameters: str = "mlp_out"
     objective: Literal["target_new", "prompt_last"] = "target_new"
     steps: int = 25
@@ -71,7 +72,7 @@ class TrainConfig:
             )
 
 
-def parameters_of(model: nn.Module, layers: Iterable[int], which: str) -> list[str]:
+def parameters_of(model: nn.Module, layers: Iterable[Site], which: str) -> list[str]:
     """Names of the parameters that `which` selects in these blocks (see `TrainConfig`).
 
     Raises AnatomyError if there are none. Blocks are found by their path, so layer 2 is never taken for 20.
@@ -88,7 +89,7 @@ def parameters_of(model: nn.Module, layers: Iterable[int], which: str) -> list[s
                 f"{block}.{name}.weight": None for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D)
             }
         else:
-            path = map_path(parts, parts.blocks.index(block), which)
+            path = map_path(parts, layer, which)
             own = base_layer(submodule(model, path))
             names |= {f"{path}.{name}": None for name, _ in own.named_parameters(recurse=False)}
     if not names:
@@ -96,15 +97,18 @@ def parameters_of(model: nn.Module, layers: Iterable[int], which: str) -> list[s
     return list(names)
 
 
-def layers_of(model: nn.Module, layers: Sequence[int] | str | None, default: int) -> list[int]:
-    """Blocks from 0, ascending. Raises AnatomyError naming the valid range."""
+def layers_of(model: nn.Module, layers: Sequence[Site] | str | None, default: Site) -> list[Site]:
+    """Blocks from 0 in the order in which they run, of an encoder-decoder's encoder as "encoder.0".
+
+    layers: see `TrainConfig`. Raises AnatomyError for one that is not there, naming the valid range.
+    """
     parts = anatomy(model)
-    if layers == "all":
-        return list(range(parts.n_layers))
-    chosen = (
-        [default] if layers is None else [0] if layers == "first" else [la for la in layers if not isinstance(la, str)]
-    )
-    return sorted({parts.blocks.index(parts.site(layer)) for layer in chosen})
+    everything: list[Site] = [f"encoder.{i}" for i in range(parts.encoder.n_layers)] if parts.encoder else []
+    everything += range(parts.n_layers)
+    if isinstance(layers, str):
+        return everything if layers == "all" else everything[:1]
+    chosen = {layer_of(model, layer, default) for layer in ([default] if layers is None else layers)}
+    return [layer for layer in everything if layer in chosen]
 
 
 class Tuner:

@@ -133,11 +133,29 @@ def place_of(
 
     The layer is near three quarters of the depth, and the map its MLP; a classifier asks at its first token, which the head
     reads, all others at the prompt's last. In a decoder each token asks for itself; an encoder reads a text at once, and
-    the token that asks is the only one to be replaced. Raises AnatomyError for a layer that is not there.
+    the token that asks is the only one to be replaced. Where the prompt's tokens are replaced, or its subject asks, the layer
+    is one of a stack that reads the prompt (of an encoder-decoder its encoder), and the last token asks. Raises AnatomyError
+    for a layer that is not there, ConfigError where nothing would be replaced or no token could ask.
     """
-    parts, found = anatomy(model), layer_of(model, layer, late_layer(model))
-    asks = key or ("first" if parts.role == "classifier" else "last")
-    alone = parts.stack_of(found)[0].role != parts.role or parts.role == "classifier"
+    parts = anatomy(model)
+    if layer is None and parts.encoder and (replace == "prompt" or key == "subject"):
+        depth = parts.encoder.n_layers
+        layer = f"encoder.{max(0, min(round(0.75 * depth), depth - 2))}"
+    found = layer_of(model, layer, late_layer(model))
+    stack = parts.stack_of(found)[0]
+    asks = key or ("first" if parts.role == "classifier" and replace != "prompt" else "last")
+    answering = parts.encoder is not None and stack is parts
+    if answering and (asks == "subject" or replace == "prompt"):
+        raise ConfigError(
+            f"expected a layer that reads the prompt (key={key!r}, replace={replace!r}), found the decoder's {found}, which asks at its "
+            "start token; name a layer of the encoder, as in 'encoder.1', or leave key and replace open"
+        )
+    if asks == "first" and replace == "prompt":
+        raise ConfigError(
+            "expected replace 'each', 'last' or 'all' with key 'first', found 'prompt': it replaces the tokens before the one that "
+            "asks, and before the first there is none; take key='last'"
+        )
+    alone = stack.role != parts.role or parts.role == "classifier"
     mode: Replace = replace or ("last" if alone and asks != "subject" else "each")
     if site is None:
         site = "mlp" if mlp_of(parts, found) is not None else "mlp_out"
@@ -145,7 +163,7 @@ def place_of(
 
 
 def column_of(model: Any, layer: Site, item: Any, which: str) -> int:
-    """The token of an item that asks at a layer: the prompt's "first" or "last", or the "subject"'s last.
+    """The token of an item that asks at a layer (see `place_of`): the prompt's "first" or "last", or the "subject"'s last.
 
     In a decoder behind an encoder it is the start token, which the answer's first word is read from.
     """
@@ -153,6 +171,13 @@ def column_of(model: Any, layer: Site, item: Any, which: str) -> int:
     if parts.role == "encoder-decoder" and parts.stack_of(layer)[0] is not parts.encoder:
         return 0
     return {"first": 0, "subject": item.at, "last": len(item.prompt) - 1}[which]
+
+
+def with_contradictions(
+    report: dict[str, dict[str, Any]], requests: Sequence[EditRequest]
+) -> dict[str, dict[str, Any]]:
+    """The report with what `contradictions` says of the requests, of the earlier one of two as well as of the later."""
+    return report | {i: report.get(i, {}) | marks for i, marks in contradictions(requests).items()}
 
 
 def contradictions(requests: Sequence[EditRequest]) -> dict[str, dict[str, list[str]]]:

@@ -21,7 +21,7 @@ from errata.dense import Dense
 from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
 from errata.editors._finetune import TrainConfig, Tuner, layers_of, parameters_of
-from errata.editors._items import Item, items_of
+from errata.editors._items import Item, items_of, with_contradictions
 from errata.editors._models import rome_layer
 from errata.editors._value_search import _without_gradients
 from errata.errors import ConfigError
@@ -46,6 +46,7 @@ class FTConfig(TrainConfig):
 
 
 C = TypeVar("C", bound=FTConfig)
+ALREADY = "already"  # the outcome of a request that the model said by then, which is no edit
 _ROME: dict[str, Any] = {"objective": "prompt_last"}
 _KE: dict[str, Any] = {"parameters": "weights", "optimizer": "rmsprop", "lr": 1e-5, "steps": 100, "until": "says"}
 
@@ -83,7 +84,8 @@ class FineTuner(Editor[C]):
         names = parameters_of(model, layers, self.config.parameters)
         before = onto or Patch(self.method, asdict(self.config), (), base_of(model, tokenizer, names), ())
         start = _start(before, names, model, tokenizer)
-        past = items_of(tokenizer, before.requests, self.config.ending)
+        edited = [r for r in before.requests if before.report.get(r.id, {}).get("outcome") != ALREADY]
+        past = dict(zip(edited, items_of(tokenizer, edited, self.config.ending), strict=True))
         items = items_of(tokenizer, requests, self.config.ending)
         report: dict[str, dict[str, Any]] = {}
         with quiet(model), _without_gradients(model):
@@ -96,21 +98,23 @@ class FineTuner(Editor[C]):
             else:
                 for i, (request, item) in enumerate(zip(requests, items, strict=True)):
                     if self.config.skip and tuner.says([item])[0]:
-                        report[request.id] = {"outcome": "already"}
+                        report[request.id] = {"outcome": ALREADY}
                     else:
-                        report[request.id] = self.edit(tuner, item, past)
-                        past = [*past, item]
+                        past = {r: own for r, own in past.items() if not _contradict(r, request)}
+                        report[request.id] = self.edit(tuner, item, list(past.values()))
+                        past[request] = item
                     if progress is not None:
                         progress(i + 1, len(items))
             said = tuner.says(items)
         about = {"layers": layers, "size": round(tuner.size(), 6)} | ({"eps": tuner.eps} if tuner.eps else {})
         report = {r.id: about | report[r.id] | {"converged": right} for r, right in zip(requests, said, strict=True)}
         everything = before.requests + tuple(requests)
+        report = with_contradictions(before.report | report, everything)
         part = Dense(tuple(r.id for r in everything), tuner.done())
-        return Patch(self.method, asdict(self.config), everything, before.base, (part,), before.report | report)
+        return Patch(self.method, asdict(self.config), everything, before.base, (part,), report)
 
     def edit(self, tuner: Tuner, item: Item, past: Sequence[Item]) -> dict[str, Any]:
-        """One request of a stream: what a subclass changes. past: the requests that were edited before; notes for the report."""
+        """One request of a stream: what a subclass changes. past: earlier edits that stand; notes for the report."""
         return tuner.train([item])
 
 
@@ -139,6 +143,11 @@ class FT(FineTuner[FTConfig]):
         "zhu-all-l2": {**_KE, "layers": "all", "norm": "l2"},
         "grace": {"order": "stream", "lr": 1e-2, "steps": 100, "until": "says"},
     }
+
+
+def _contradict(one: EditRequest, other: EditRequest) -> bool:
+    """Whether two requests are about one thing and ask for different objects."""
+    return one.key == other.key and one.target_new != other.target_new
 
 
 def _start(patch: Patch, names: Sequence[str], model: Any, tokenizer: Any) -> dict[str, torch.Tensor]:

@@ -16,8 +16,9 @@ from errata.errors import ConfigError
 
 @dataclass(frozen=True)
 class FTRetrainConfig(FTConfig):
-    """Settings: see `FTConfig`; always a stream. every: edits between two retrainings; epochs of each; memory: how many of the
-    latest edits it is on, None for all; reset: from the model's own weights, else from where the stream stands.
+    """Settings: see `FTConfig`; always a stream. every: edits between two retrainings, counting those that no later one
+    contradicts; epochs of each; memory: how many of the latest of these it is on, None for all; reset: from the model's own
+    weights, else from where the stream stands.
     """
 
     lr: float = 1e-2

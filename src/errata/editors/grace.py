@@ -3,8 +3,9 @@
 The input of one linear map at the prompt's last token is the query. A query that lies in the ball of a key is answered by that
 key's value in place of the map's output; a new edit adds a key, widens the ball of a key with its label, or parts its ball
 from one with another label (Algorithm 1), and its value is trained so that the model says the new object. Requests are taken
-in order, each on the model as the earlier ones left it; one that the model already gets right is left out, and the report says
-so. Emits a codebook part for each edit.
+in order, each on the model as the earlier ones left it. One that the unedited model gets right is left out ("already" in the
+report); one that only earlier edits make right is no edit either ("covered", and by which), but has a part that comes in where
+one of these is taken out. Emits a codebook part for each.
 
 Differs from the published code by default (preset "published" restores it): every token asks for itself, so that cached and
 whole texts agree; the nearest *containing* ball answers, and balls of different labels never overlap; an edit whose ball had
@@ -31,13 +32,13 @@ from errata.editor import Editor, Progress, quiet
 from errata.editors._items import (
     Item,
     column_of,
-    contradictions,
     items_of,
     logits_of,
     losses_of,
     place_of,
     says,
     wanted,
+    with_contradictions,
 )
 from errata.editors._value_rows import ValueJob
 from errata.editors._value_search import NLL, NormPenalty, Term, ValueSearchConfig, _without_gradients, search_values
@@ -62,17 +63,18 @@ ALONE: dict[Replace, Replace] = {"each": "last"}  # where a value is trained by 
 class GRACEConfig:
     """Settings of GRACE.
 
-    layer: negative from the end, "encoder.4" of an encoder; None for one near three quarters of the depth; site: the map
-    whose input asks and whose output is replaced, "mlp" for the whole MLP, a role of the anatomy or a path in the block;
-    None: the MLP, or the last of its maps where it is no module of its own (BERT). key: the token that asks, the prompt's
-    "last" or "first", or the "subject"'s (only where each token asks for itself); None: the first of a classifier, else the
-    last. replace: see `Place`; None: "each" in a decoder, in an encoder the one token that asks ("last"). radius: of a new
-    ball (the paper's epsilon), activation units; None for 0.6 |key| (0.1 |key| of a classifier). start: "warm", the map's
-    own output or "cold" U[0, 1); training: plain "gradient" descent or with N(0, noise) added to the value at each step
-    ("perturbed"). steps, lr (Adam's, activation units), stop (nats, 0 for never), norm: weight of the penalty (|value -
-    output| / |output|)^2, for warm values at the MLP's output. expand, guard, defer, match, same: see `Rules`; same
-    is at least 0.02 on models in half precision. skip: leave out what the model already says. ending: text that the model is
-    to say behind the new object.
+    layer: negative from the end, "encoder.4" of an encoder; None for one near three quarters of the depth, of an encoder-
+    decoder in its decoder, in its encoder with replace "prompt" or keys at the subject (which it alone reads); site: the map
+    whose input asks and whose output is replaced, "mlp" for the whole MLP, a role of the anatomy or a path in the block; None:
+    the MLP, or the last of its maps where it is no module of its own (BERT). key: the token that asks, the prompt's "last" or
+    "first", or the "subject"'s (only where each token asks for itself); None: the first of a classifier (the last with replace
+    "prompt"), else the last. replace: see `Place`; None: "each" in a decoder, in an encoder the one token that asks ("last").
+    radius: of a new ball (the paper's epsilon), activation units; None for 0.6 |key| (0.1 |key| of a classifier). start:
+    "warm", the map's own output or "cold" U[0, 1); training: plain "gradient" descent or with N(0, noise) added to the value at
+    each step ("perturbed"). steps, lr (Adam's, activation units), stop (nats, 0 for never), norm: weight of the penalty (|value
+    - output| / |output|)^2, for warm values at the MLP's output. expand, guard, defer, match, same: see `Rules`; same is at
+    least 0.02 on models in half precision. skip: leave out what the model already says. ending: text that the model is to say
+    behind the new object.
     """
 
     layer: int | str | None = None
@@ -163,8 +165,8 @@ class GRACE(Editor[GRACEConfig]):
     ) -> Patch:
         """Fit requests in order. onto: a patch of this codebook that they come on top of; the result holds its edits too.
 
-        Raises RequestError, SubjectNotFoundError, AnatomyError for a layer or site that is not there, ConfigError if `onto` is
-        of another layer or other rules, BaseMismatchError if it is of another model.
+        Raises RequestError, SubjectNotFoundError, AnatomyError for a layer or site that is not there, ConfigError for a token
+        that cannot ask there, or if `onto` is of another layer or other rules, BaseMismatchError if it is of another model.
         """
         self.check(requests, model, tokenizer)
         parts, rules, config = anatomy(model), self.config.rules(model.dtype), self.config
@@ -188,12 +190,11 @@ class GRACE(Editor[GRACEConfig]):
                         if progress is not None:
                             progress(i + 1, len(items))
                 said = stream.says(items)
-        clashes = contradictions([*before.requests, *requests])
         for request, right in zip(requests, said, strict=True):
-            report[request.id] |= {"layer": place.layer, "converged": right} | clashes.get(request.id, {})
-        return replace(
-            before, requests=before.requests + tuple(requests), parts=tuple(stream.parts), report=before.report | report
-        )
+            report[request.id] |= {"layer": place.layer, "converged": right}
+        everything = before.requests + tuple(requests)
+        report = with_contradictions(before.report | report, everything)
+        return replace(before, requests=everything, parts=tuple(stream.parts), report=report)
 
 
 def _check_onto(patch: Patch, place: Place, rules: Rules, model: Any, tokenizer: Any) -> None:
@@ -232,6 +233,7 @@ class _Stream:
         self._items: dict[str, Item] = {}
         self._outputs: dict[str, Tensor] = {}
         self._starts: dict[str, tuple[Tensor, dict[str, Any]]] = {}
+        self._plain: dict[str, bool] = {}  # whether the unedited model says a request's target
 
     def hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The forward hook of the place's linear map."""
@@ -262,6 +264,11 @@ class _Stream:
         self._keys = {r.id: key for r, key in zip(requests, keys, strict=True)}
         self._outputs = {r.id: output for r, output in zip(requests, outputs, strict=True)}
         right = self.says(items) if self.config.skip else [False] * len(items)
+        plain = right
+        if self.config.skip and len(self.book):
+            with self._base():
+                plain = self.says(items)
+        self._plain = dict(zip((r.id for r in requests), plain, strict=True))
         wrong = [i for i, said in enumerate(right) if not said]
         found = self._search([requests[i] for i in wrong], [items[i] for i in wrong])
         self._starts = dict(zip((requests[i].id for i in wrong), found, strict=True))
@@ -282,13 +289,11 @@ class _Stream:
     def edit(self, request: EditRequest, item: Item) -> dict[str, Any]:
         """Take one request, unless the model says it already; its report."""
         if self.config.skip and self.says([item])[0]:
-            return {"outcome": "already"}
+            return {"outcome": "already"} if self._plain[request.id] else self._covered(request, item)
         if request.id not in self._starts:  # it was right before an edit of this batch came in its way
             self._starts[request.id] = self._search([request], [item])[0]
-        label = wanted(self.model, item)[1]
         key, (value, notes) = self._keys[request.id], self._starts[request.id]
-        reach = CLOSE if anatomy(self.model).role == "classifier" else REACH
-        radius = self.config.radius or float(reach * torch.linalg.vector_norm(key))
+        label, radius = wanted(self.model, item)[1], self._radius(key)
         done = self.book.insert(key, value, radius, label, request.id)
         kept = done.outcome in ("cover", "expand")  # the value is its entry's, trained for an earlier edit
         if kept:
@@ -305,6 +310,50 @@ class _Stream:
         if again := self._again(done.shrunk):
             about["again"] = again
         return about | notes
+
+    def _covered(self, request: EditRequest, item: Item) -> dict[str, Any]:
+        """Note a request that the edits so far make right, without touching the book; its report.
+
+        Its value is the one that answers it, or one searched for it alone where that does not do without the other edits
+        (they may answer at other tokens, or together).
+        """
+        entries, asked = self._answering(item)
+        by = tuple(dict.fromkeys(tag for i in entries for tag in self.book.tags[i]))
+        if not by:  # rounding alone: nothing answered
+            return {"outcome": "already"}
+        value = self.book.values[asked].clone() if asked >= 0 else None
+        if value is None or not self._holds(item, value):
+            drawn = self.generator.get_state()
+            found = self._starts.get(request.id) or self._search([request], [item])[0]
+            self.generator.set_state(drawn)  # later values are as if nothing had been searched
+            value = found[0]
+        key, label = self._keys[request.id], wanted(self.model, item)[1]
+        rules = self.book.rules
+        self._note(CodebookEntry(request.id, key, value, self._radius(key), label, self.place, rules, covered_by=by))
+        return {"outcome": "covered", "by": list(by)}
+
+    def _answering(self, item: Item) -> tuple[list[int], int]:
+        """The entries that answer any of an item's tokens, and the one that answers the token that asks (-1: none)."""
+        self._running, at = [item], self._column(item)
+        with Capture(self.model, [self._path], of="input") as seen:
+            logits_of(self.model, [item])
+        queries = seen[self._path].reshape(-1, seen[self._path].shape[-1])
+        found = self.book.find(queries)[0].tolist()
+        hit = found if self.place.replace == "each" else found[at : at + 1]
+        return sorted({i for i in hit if i >= 0}), found[at]
+
+    def _holds(self, item: Item, value: Tensor) -> bool:
+        """Whether the model says an item's target with this value alone where it asks."""
+        self._own = value[None].to(input_device(self.model))
+        try:
+            return self.says([item])[0]
+        finally:
+            self._own = None
+
+    def _radius(self, key: Tensor) -> float:
+        """The initial radius of a key."""
+        reach = CLOSE if anatomy(self.model).role == "classifier" else REACH
+        return self.config.radius or float(reach * torch.linalg.vector_norm(key))
 
     def _again(self, edits: Sequence[str]) -> list[str]:
         """Give a key of its own to each of these edits that the balls behind it, which had to give way, no longer answer."""
