@@ -217,7 +217,7 @@ def _row(path: Path, number: int, row: Any) -> EditRequest:
 
 
 def conflicts(requests: Iterable[EditRequest]) -> list[tuple[EditRequest, EditRequest]]:
-    """(earlier, later) for requests about one thing: attached together, the later one wins."""
+    """(earlier, later) for requests about one thing: attached together the later one wins, but for edits of weights, which add up."""
     last: dict[str, EditRequest] = {}
     found = []
     for request in requests:
