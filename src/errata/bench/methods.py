@@ -31,18 +31,20 @@ def is_atlas(model_name: str) -> bool:
 
 
 def resolved(method: Method, model: Any, model_name: str) -> Method:
-    """The method with `preset="model"` replaced by the name of the model's preset, by none, or by STEAM's options; any other as it is.
+    """The method with `preset="model"` replaced by the name of the model's preset, by none, or by STEAM's options.
 
-    `preset="model-l"` is fine-tuning's with a limit on the weights.
+    `preset="model-l"` is fine-tuning's with a limit on the weights. Any other stays, or becomes the model's own of that name
+    ("grace" that of "atlas-grace").
 
     STEAM's change "depth", a first and a last share of the layers, becomes the aligned layers of this model.
     """
-    if method.preset not in (MODEL, LIMITED):
-        return method
     from errata.editors._models import for_model
 
     row = for_model(model)
     name = row.name if row else model_name
+    if method.preset not in (MODEL, LIMITED):
+        own = f"{name}-{method.preset}"
+        return replace(method, preset=own) if own in get_editor(method.editor).presets else method
     if method.preset == LIMITED:
         there = f"{name}-l" in get_editor(method.editor).presets
         small = {} if there else {"norm": "linf", "eps": EPS}

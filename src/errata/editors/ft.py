@@ -49,6 +49,7 @@ C = TypeVar("C", bound=FTConfig)
 ALREADY = "already"  # the outcome of a request that the model said by then, which is no edit
 _ROME: dict[str, Any] = {"objective": "prompt_last"}
 _KE: dict[str, Any] = {"parameters": "weights", "optimizer": "rmsprop", "lr": 1e-5, "steps": 100, "until": "says"}
+_GRACE: dict[str, Any] = {"order": "stream", "lr": 1e-2, "steps": 100, "until": "says"}
 
 
 def _limited(layer: int, eps: float) -> dict[str, Any]:
@@ -141,7 +142,9 @@ class FT(FineTuner[FTConfig]):
         "zhu-all": {**_KE, "layers": "all", "norm": "linf"},
         "zhu-first-l2": {**_KE, "layers": "first", "norm": "l2"},
         "zhu-all-l2": {**_KE, "layers": "all", "norm": "l2"},
-        "grace": {"order": "stream", "lr": 1e-2, "steps": 100, "until": "says"},
+        "grace": _GRACE,
+        "atlas-grace": {**_GRACE, "lr": 1e-3},
+        "atlas-docket-grace": {**_GRACE, "lr": 1e-3},
     }
 
 

@@ -10,7 +10,7 @@ current request as past, square gradients accumulated over requests, and divide 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class FTEWC(FineTuner[FTEWCConfig]):
     method = "ft_ewc"
     summary = "streaming fine-tuning tied to what earlier edits need (EWC, Kirkpatrick et al. 2017)"
     Config = FTEWCConfig
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"atlas": {"lr": 1e-3}, "atlas-docket": {"lr": 1e-3}}
 
     def edit(self, tuner: Tuner, item: Item, past: Sequence[Item]) -> dict[str, Any]:
         """One request, with the penalty of the latest edits before it."""

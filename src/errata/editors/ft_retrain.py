@@ -6,7 +6,7 @@ argument: what it ignores, the memory's size and starting again from the model's
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from errata.editors._finetune import Tuner
 from errata.editors._items import Item
@@ -42,6 +42,7 @@ class FTRetrain(FineTuner[FTRetrainConfig]):
     method = "ft_retrain"
     summary = "streaming fine-tuning with periodic retraining on all edits so far (Hartvigsen et al. 2023)"
     Config = FTRetrainConfig
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"atlas": {"lr": 1e-3}, "atlas-docket": {"lr": 1e-3}}
 
     def edit(self, tuner: Tuner, item: Item, past: Sequence[Item]) -> dict[str, Any]:
         """One request, and after every so many the past as well."""

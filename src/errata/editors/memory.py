@@ -37,7 +37,11 @@ class Memory(AdapterEditor[MemoryConfig]):
     summary = "one layer's output replaced by attention over learned slots (Hartvigsen et al. 2023)"
     form = "memory"
     Config = MemoryConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"published": {"replace": "all", "stop": 0.0, "skip": False}}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "published": {"replace": "all", "stop": 0.0, "skip": False},
+        "atlas": {"lr": 1e-2},
+        "atlas-docket": {"layer": 1, "lr": 1e-2},
+    }
 
     def blank(self, a: int, b: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Scores as drawn for a new layer, U(-1, 1) / sqrt(a); values U[0, 1)."""

@@ -23,7 +23,7 @@ CHECKPOINTS = (1, 10, 100, 300, 1000)
 ENDS = 100  # how many first and last edits are compared
 FIRST = f"first {ENDS} edits"
 ENDED = {FIRST: "first", f"last {ENDS} edits": "last"}
-FEW = {"contexts": FIXED[:5]}
+FEW_CONTEXTS = {"contexts": FIXED[:5]}
 
 
 def cases(context: Context) -> Sequence[Case]:
@@ -157,7 +157,7 @@ PRESET = Preset(
     cases,
     (
         Method("sake", "sake", "sequential", apart=True),
-        Method("rome", "rome", "sequential", common.MODEL, FEW),
+        Method("rome", "rome", "sequential", common.MODEL, FEW_CONTEXTS, most=300),
     ),
     tables,
     n=N,
