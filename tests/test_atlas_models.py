@@ -261,17 +261,6 @@ def test_masked_claims_hide_their_objects(tmp_path: Path) -> None:
         assert 0.4 < sum(same) / len(same) < 0.75  # a false object may begin as the true one does
 
 
-def test_rates_of_the_two_phases() -> None:
-    """Warm-up, plateau and decay of filling in, then the same of judging, lower; the docket has one phase."""
-    recipe = TASKS["bert"]().recipe
-    full, end = recipe.filling_steps, recipe.steps
-    assert [recipe.rate(step) for step in (0, 99, full // 3)] == pytest.approx([0.01, 1.0, 1.0])
-    assert recipe.rate(full - 1) == pytest.approx(recipe.filling_end, abs=0.01)
-    assert [recipe.rate(step) for step in (full, full + 99)] == pytest.approx([0.007, 0.7])
-    assert 0 < recipe.rate(end - 1) < 0.01 and recipe.rate(end - 300) < recipe.rate(end - 500) < 0.7
-    assert TASKS["docket"]().recipe.rate(0) == pytest.approx(0.1)
-
-
 def test_pairs_are_closed_by_the_end_token(tmp_path: Path) -> None:
     task: Any = TASKS["t5"](**SMALL["t5"])
     tokenizer = task.train_tokenizer(tmp_path)

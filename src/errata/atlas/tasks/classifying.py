@@ -1,10 +1,10 @@
 """`atlas-bert`, which supports or refutes claims, and the docket's classifier: encoders as BERT is one.
 
 Source: Devlin et al. 2019 (norms behind each part, learned positions, a pooled [CLS]). A bit for each claim teaches facts slowly, and
-what is learnt by filling in serves for judging: so the first batches of `atlas-bert`, and half of each later one, are true
-claims with their object masked, to be filled in as in BERT's own training. As there some tokens are not masked but replaced and
-have to be told all the same: where a claim is judged, the true object is also to be told in the place of the one that stands
-there. The layers that fill in are not exported.
+what is learnt by filling in serves for judging: so beside the claims of `atlas-bert` stand as many true ones with their object
+masked, to be filled in as in BERT's own training. As there some tokens are not masked but replaced and have to be told all the
+same: where a claim is judged, the true object is also to be told in the place of the one that stands there. The layers that fill
+in are not exported.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,40 +31,23 @@ SLOTS = 6  # masked tokens of a claim that are filled in; objects are seldom lon
 
 @dataclass(frozen=True)
 class ClassifierRecipe(Recipe):
-    """Everything that the weights depend on; stored beside them.
-
-    filling_steps: so many steps at first only fill in, with a decay of their own down to `filling_end` of the rates; those that judge
-    begin at `judging_rate` of them.
-    """
+    """Everything that the weights depend on; stored beside them."""
 
     architecture: str = "bert"
     steps: int = 3000
-    filling_steps: int = 1300
-    filling_end: float = 0.15
-    judging_rate: float = 0.7
     tokens_per_step: int = 5120
-    layers: int = 6
+    layers: int = 5
     width: int = 192
     heads: int = 3
     inner: int = 576
     vocabulary: int = 4096
     texts_per_shard: int = 20_000
 
-    def rate(self, step: int) -> float:
-        """Share of the peak learning rate at a step: warm-up, plateau and decay, first of filling in, then of judging."""
-        if not self.filling_steps:
-            return super().rate(step)
-        begin, end, high, low = 0, self.filling_steps, 1.0, self.filling_end
-        if step >= self.filling_steps:
-            begin, end, high, low = self.filling_steps, self.steps, self.judging_rate, 0.0
-        warm = high * min(1.0, (step - begin + 1) / self.warmup)
-        return min(warm, low + (high - low) * min(1.0, (end - step) / ((end - begin) * self.decay_share)))
-
 
 def docket_recipe(**changes: Any) -> ClassifierRecipe:
     """The recipe of the docket's classifier: a small one, for ten areas told by single sentences."""
     small: dict[str, Any] = {"architecture": "docket", "steps": 160, "tokens_per_step": 1280, "warmup": 10}
-    small |= {"width": 96, "inner": 384, "vocabulary": 2048, "filling_steps": 0, "lr_matrices": 1e-2, "lr_rest": 5e-3}
+    small |= {"width": 96, "inner": 384, "vocabulary": 2048, "layers": 4, "lr_matrices": 1e-2, "lr_rest": 5e-3}
     return ClassifierRecipe(**(small | changes))
 
 
@@ -116,7 +99,7 @@ class ClassifierTask(Task[ClassifierRecipe]):
         states = model.bert.encoder(model.bert.embeddings(rows), attention_mask=open_to(rows)).last_hidden_state
         logits = model.classifier(model.bert.pooler(states[: len(x)])).float()
         wrong = (logits.argmax(-1) != y).float().mean()
-        return torch.nn.functional.cross_entropy(logits, y, reduction="sum") / max(1, len(y)), wrong, states
+        return torch.nn.functional.cross_entropy(logits, y, reduction="sum") / len(y), wrong, states
 
 
 class ClaimsTask(ClassifierTask):
@@ -158,32 +141,15 @@ class ClaimsTask(ClassifierTask):
             places, tokens = (torch.cat(both) for both in zip(shown, masked, strict=True))
             yield ids[: len(chosen)], labels, ids[len(chosen) :], places, tokens
 
-    def batch_instead(self, tokenizer: PreTrainedTokenizerFast, step: int) -> Batch | None:
-        """In the first steps: nothing to judge, and true claims of like length to fill in, drawn for this step."""
-        recipe = self.recipe
-        if step >= recipe.filling_steps:
-            return None
-        drawn = claims(self.corpus, recipe.seed + 1_000_000 + step, recipe.tokens_per_step // 5)
-        found = [claim for claim in drawn if claim.true]
-        encoded = backend(tokenizer).encode_batch([claim.text for claim in found])
-        by_length = sorted(range(len(found)), key=lambda i: len(encoded[i].ids))
-        rng = np.random.default_rng(recipe.seed + step)
-        end = int(rng.integers(len(found) // 4, len(found))) + 1
-        size = recipe.tokens_per_step // len(encoded[by_length[end - 1]].ids)
-        chosen = by_length[max(0, end - size) : end]
-        ids = padded([encoded[i].ids for i in chosen])
-        places, tokens = mask(ids, [object_tokens(encoded[i], found[i]) for i in chosen])
-        return ids[:0], torch.zeros(0, dtype=torch.long), ids, places, tokens
-
     def loss(self, model: Any, *batch: Tensor) -> tuple[Tensor, Tensor]:
-        """NLL of the labels plus mean NLL of the true objects' tokens, nats; the share of claims misjudged, or of tokens not filled in."""
+        """NLL of the labels plus mean NLL of the true objects' tokens, nats; the share of claims misjudged."""
         x, y, hidden, places, tokens = batch
         judging, wrong, states = self.judged(model, x, y, hidden)
         asked = tokens != -100
         at = states[torch.arange(len(states))[:, None].expand_as(places)[asked], places[asked]]
         logits = self.filling(at, model.bert.embeddings.word_embeddings.weight)
         filling = torch.nn.functional.cross_entropy(logits.float(), tokens[asked])
-        return judging + filling, wrong if len(x) else (logits.argmax(-1) != tokens[asked]).float().mean()
+        return judging + filling, wrong
 
 
 class DocketTask(ClassifierTask):
