@@ -62,6 +62,17 @@ def test_an_edit_is_a_key_and_the_value_that_says_the_object(
     assert all(patch.report[i]["converged"] and patch.report[i]["outcome"] == "add" for i in patch.ids)
 
 
+def test_a_value_that_is_not_found_is_searched_again(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
+    """One step too few: three times as many at a third of the rate, from the start."""
+    model = tiny("gpt2", layers=3)
+    plain = GRACE(layer=0, radius=0.01, steps=60, lr=1.0).fit(model, tokenizer, [FRANCE]).report[FRANCE.id]
+    assert plain["stopped"] and "searches" not in plain
+    few = plain["steps"] - 1
+    again = GRACE(layer=0, radius=0.01, steps=few, lr=1.0).fit(model, tokenizer, [FRANCE]).report[FRANCE.id]
+    slow = GRACE(layer=0, radius=0.01, steps=3 * few, lr=1 / 3).fit(model, tokenizer, [FRANCE]).report[FRANCE.id]
+    assert again["searches"] == 2 and again["curve"] == slow["curve"] != plain["curve"]
+
+
 def test_a_stream_skips_replaces_and_goes_on(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
     """What the model says already makes no entry; the same prompt with another object takes its key over: the later wins."""
     model = tiny("gpt2", layers=3)

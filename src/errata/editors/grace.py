@@ -55,6 +55,7 @@ from errata.patch import Patch, check_fits
 # Of a key's own length: chosen on Atlas's dev facts, between other phrasings of a fact and other facts; and of a classifier,
 # whose cases of a class lie close together, on the docket's dev topics, between late cases and early ones.
 REACH, CLOSE = 0.6, 0.1
+AGAIN = 3  # a value that is not found is searched again at a third of the rate, for three times as many steps
 AHEAD = 64  # requests whose values are searched as one batch
 ALONE: dict[Replace, Replace] = {"each": "last"}  # where a value is trained by itself, only the token that asks has it
 
@@ -71,10 +72,10 @@ class GRACEConfig:
     "prompt"), else the last. replace: see `Place`; None: "each" in a decoder, in an encoder the one token that asks ("last").
     radius: of a new ball (the paper's epsilon), activation units; None for 0.6 |key| (0.1 |key| of a classifier). start:
     "warm", the map's own output or "cold" U[0, 1); training: plain "gradient" descent or with N(0, noise) added to the value at
-    each step ("perturbed"). steps, lr (Adam's, activation units), stop (nats, 0 for never), norm: weight of the penalty (|value
-    - output| / |output|)^2, for warm values at the MLP's output. expand, guard, defer, match, same: see `Rules`; same is at
-    least 0.02 on models in half precision. skip: leave out what the model already says. ending: text that the model is to say
-    behind the new object.
+    each step ("perturbed"). steps, lr (Adam's, activation units; a decoder's values that are not found by then are searched again,
+    slower), stop (nats, 0 for never), norm: weight of the penalty (|value - output| / |output|)^2, for warm values at the MLP's
+    output. expand, guard, defer, match, same: see `Rules`; same is at least 0.02 on models in half precision. skip: leave out
+    what the model already says. ending: text that the model is to say behind the new object.
     """
 
     layer: int | str | None = None
@@ -412,7 +413,13 @@ class _Stream:
         search = ValueSearchConfig(place.layer, "mlp", config.steps, config.lr, None, config.stop)
         with self._base():
             found = search_values(self.model, self.tokenizer, jobs, search, terms)
-        return [(found.value[i], entry(found, i)) for i in range(len(jobs))]
+            values = [(found.value[i], entry(found, i)) for i in range(len(jobs))]
+            if left := [i for i, (_, notes) in enumerate(values) if not notes["stopped"]]:
+                longer = replace(search, steps=AGAIN * config.steps, lr=config.lr / AGAIN)
+                found = search_values(self.model, self.tokenizer, [jobs[i] for i in left], longer, terms)
+                for at, i in enumerate(left):
+                    values[i] = found.value[at], {**entry(found, at), "searches": 2}
+        return values
 
     def _descend(self, requests: Sequence[EditRequest], items: Sequence[Item]) -> list[tuple[Tensor, dict[str, Any]]]:
         """The same on any model, at any map and in any mode: a value each in one batch, and out of it once `stop` is reached."""
