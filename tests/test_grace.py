@@ -65,11 +65,13 @@ def test_an_edit_is_a_key_and_the_value_that_says_the_object(
 def test_a_value_that_is_not_found_is_searched_again(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
     """One step too few: three times as many at a third of the rate, from the start."""
     model = tiny("gpt2", layers=3)
-    plain = GRACE(layer=0, radius=0.01, steps=60, lr=1.0).fit(model, tokenizer, [FRANCE]).report[FRANCE.id]
+    plain = GRACE(layer=0, radius=0.01, stop=2.0, steps=60, lr=1.0).fit(model, tokenizer, [FRANCE]).report[FRANCE.id]
     assert plain["stopped"] and "searches" not in plain
     few = plain["steps"] - 1
-    again = GRACE(layer=0, radius=0.01, steps=few, lr=1.0).fit(model, tokenizer, [FRANCE]).report[FRANCE.id]
-    slow = GRACE(layer=0, radius=0.01, steps=3 * few, lr=1 / 3).fit(model, tokenizer, [FRANCE]).report[FRANCE.id]
+    again = GRACE(layer=0, radius=0.01, stop=2.0, steps=few, lr=1.0).fit(model, tokenizer, [FRANCE]).report[FRANCE.id]
+    slow = (
+        GRACE(layer=0, radius=0.01, stop=2.0, steps=3 * few, lr=1 / 3).fit(model, tokenizer, [FRANCE]).report[FRANCE.id]
+    )
     assert again["searches"] == 2 and again["curve"] == slow["curve"] != plain["curve"]
 
 
