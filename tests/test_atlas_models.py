@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,8 @@ def test_the_shipped_docket_knows_its_early_years_and_errs_on_the_late() -> None
 
 SMALL: dict[str, dict[str, Any]] = {
     "t5": {"layers": 1, "width": 24, "heads": 2, "inner": 32, "pairs_per_shard": 400, "tokens_per_step": 256},
-    "bert": {"layers": 1, "width": 24, "heads": 2, "inner": 32, "texts_per_shard": 400, "tokens_per_step": 400},
+    "bert": {"layers": 2, "filling_layers": 1, "filling_steps": 2, "correcting_from": 2, "width": 24, "heads": 2, "inner": 32,
+             "texts_per_shard": 400, "tokens_per_step": 400},
     "docket": {"layers": 1, "width": 24, "heads": 2, "inner": 32, "texts_per_shard": 300, "tokens_per_step": 720},
     "gpt2": {"layers": 1, "width": 24, "heads": 2, "documents_per_shard": 300, "tokens_per_step": 1024,
              "polish_steps": 1, "copy_steps": 1},
@@ -238,27 +240,50 @@ def test_exports_are_loaded_by_name_and_are_small(tmp_path: Path, monkeypatch: p
     assert greedy_answers(*errata.load("atlas-docket"), [upstream(1)[0].text])[0] in load_docket().areas
 
 
-def test_masked_claims_hide_their_objects(tmp_path: Path) -> None:
-    """Half of the rows have their object masked; the true object is wanted there, and also where a false one is shown."""
-    task = TASKS["bert"](**SMALL["bert"])
+def test_what_is_asked_of_claims(tmp_path: Path) -> None:
+    """Masked objects of true claims are filled in, false ones corrected, true ones that are shown are not asked."""
+    task: Any = TASKS["bert"](**SMALL["bert"])
     tokenizer = task.train_tokenizer(tmp_path)
-    objects = {f.object for f in load_world().facts}
-    for x, y, hidden, places, wanted in islice(task.batches(tokenizer, 0), 3):
-        assert len(x) == len(y) == len(hidden) and x.shape == hidden.shape and set(y.tolist()) <= {0, 1}
-        assert not (x == classifying.MASK).any() and len(places) == len(wanted) == 2 * len(x)
-        for row, at, ids in zip(hidden, places[len(x) :], wanted[len(x) :], strict=True):
+    objects, hidden = {f.object for f in load_world().facts}, classifying.MASK
+
+    def check(rows: Any, places: Any, wanted: Any, masked: Sequence[bool]) -> None:
+        for row, at, ids, whole in zip(rows, places, wanted, masked, strict=True):
             n = int((ids != -100).sum())
-            assert n >= 1 and (row[at[:n]] == classifying.MASK).all()
-            assert int((row == classifying.MASK).sum()) >= n
             said = tokenizer.decode(ids[:n]).strip()
-            assert any(o.startswith(said) for o in objects)
-        same = []
-        for row, true, at, ids in zip(x, y.tolist(), places, wanted, strict=False):
-            n = int((ids != -100).sum())
-            assert n >= 1 and any(o.startswith(tokenizer.decode(ids[:n]).strip()) for o in objects)
-            same.append(torch.equal(row[at[:n]], ids[:n]))
-            assert same[-1] or not true  # of a true claim what stands there is what is wanted
-        assert 0.4 < sum(same) / len(same) < 0.75  # a false object may begin as the true one does
+            assert n >= 1 and any(o.startswith(said) for o in objects)
+            assert bool((row[at[:n]] == hidden).all()) is whole and bool((row == hidden).any()) is whole
+
+    for x, y, further, places, wanted in islice(task.batches(tokenizer, 0), 3):
+        n, false = len(x), y == 0
+        assert n == len(y) == len(further) and x.shape == further.shape and len(places) == len(wanted) == 2 * n
+        check(further, places[n:], wanted[n:], [True] * n)
+        check(x[false], places[:n][false], wanted[:n][false], [False] * int(false.sum()))
+        assert (wanted[:n][~false] == -100).all() and not (x == hidden).any()
+    x, y, further, places, wanted = task.batch_instead(tokenizer, 0)
+    check(further, places, wanted, [True] * len(further))
+    assert not len(x) and not len(y)
+    task = TASKS["bert"](**SMALL["bert"] | {"correcting_from": 1})
+    further, places, wanted = task.batch_instead(tokenizer, 1)[2:]
+    both = [bool((row == hidden).any()) for row in further]
+    check(further, places, wanted, both)
+    assert 0.2 < sum(both) / len(both) < 0.8 and task.batch_instead(tokenizer, 2) is None
+
+
+def test_the_layers_above_wait_until_claims_are_judged(tmp_path: Path) -> None:
+    """They get no gradient while only objects are asked; the rates have a warm-up, a plateau and two slopes."""
+    task: Any = TASKS["bert"](**SMALL["bert"])
+    model, tokenizer = task.build(), task.train_tokenizer(tmp_path)
+    task.aside()
+    for batch, judged in ((task.batch_instead(tokenizer, 0), False), (next(iter(task.batches(tokenizer, 0))), True)):
+        model.zero_grad()
+        task.loss(model, *batch)[0].backward()
+        low, high = (layer.output.dense.weight.grad for layer in model.bert.encoder.layer)
+        assert low is not None and (high is not None) is judged and (model.classifier.weight.grad is not None) is judged
+    recipe = TASKS["bert"]().recipe
+    steps = (0, 99, recipe.correcting_from - 1, recipe.filling_steps - 1, recipe.steps - 1)
+    assert [recipe.rate(step) for step in steps] == pytest.approx([0.01, 1, 1, recipe.judging_rate, 0])
+    assert recipe.judging_rate < recipe.rate(recipe.correcting_from + 100) < 1
+    assert TASKS["docket"]().recipe.rate(0) == pytest.approx(0.1)
 
 
 def test_pairs_are_closed_by_the_end_token(tmp_path: Path) -> None:

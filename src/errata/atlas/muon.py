@@ -28,7 +28,7 @@ class Muon(torch.optim.Optimizer):
         """One update with Nesterov momentum; decay is by lr * weight_decay."""
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
-            for parameter in group["params"]:
+            for parameter in (p for p in group["params"] if p.grad is not None):
                 shapes.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in shapes.items():
                 updates = torch.stack([self._momentum(p, group["momentum"]) for p in parameters])

@@ -1,10 +1,10 @@
 """`atlas-bert`, which supports or refutes claims, and the docket's classifier: encoders as BERT is one.
 
 Source: Devlin et al. 2019 (norms behind each part, learned positions, a pooled [CLS]). A bit for each claim teaches facts slowly, and
-what is learnt by filling in serves for judging: so beside the claims of `atlas-bert` stand as many true ones with their object
-masked, to be filled in as in BERT's own training. As there some tokens are not masked but replaced and have to be told all the
-same: where a claim is judged, the true object is also to be told in the place of the one that stands there. The layers that fill
-in are not exported.
+what is learnt by filling in serves for judging. So `atlas-bert` begins as BERT's own training does: the lower layers alone learn to
+fill in the masked objects of true claims, then also to correct those of false ones (as BERT tells tokens that were replaced). After
+that claims are judged as well, by the layers above, where the right object stands beside the one that is claimed. The layers that
+fill in are not exported.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,23 +31,46 @@ SLOTS = 6  # masked tokens of a claim that are filled in; objects are seldom lon
 
 @dataclass(frozen=True)
 class ClassifierRecipe(Recipe):
-    """Everything that the weights depend on; stored beside them."""
+    """Everything that the weights depend on; stored beside them.
+
+    filling_steps: so many at first judge nothing; correcting_from: the first of them with false claims; filling_layers: the
+    lower layers, whose states are filled in from; judging_rate: share of the peak rates at which judging begins.
+    """
 
     architecture: str = "bert"
     steps: int = 3000
+    filling_steps: int = 1400
+    correcting_from: int = 800
+    filling_layers: int = 4
+    judging_rate: float = 0.5
     tokens_per_step: int = 5120
-    layers: int = 5
+    layers: int = 6
     width: int = 192
     heads: int = 3
     inner: int = 576
     vocabulary: int = 4096
     texts_per_shard: int = 20_000
 
+    def rate(self, step: int) -> float:
+        """Share of the peak learning rate at a step: warm-up, plateau, down to where judging begins, and from there to zero."""
+        if not self.filling_steps:
+            return super().rate(step)
+        ends = self.warmup, self.correcting_from, self.filling_steps, self.steps
+        return float(np.interp(step + 1, (0, *ends), (0.0, 1.0, 1.0, self.judging_rate, 0.0)))
+
 
 def docket_recipe(**changes: Any) -> ClassifierRecipe:
     """The recipe of the docket's classifier: a small one, for ten areas told by single sentences."""
     small: dict[str, Any] = {"architecture": "docket", "steps": 160, "tokens_per_step": 1280, "warmup": 10}
-    small |= {"width": 96, "inner": 384, "vocabulary": 2048, "layers": 4, "lr_matrices": 1e-2, "lr_rest": 5e-3}
+    small |= {
+        "width": 96,
+        "inner": 384,
+        "vocabulary": 2048,
+        "layers": 4,
+        "filling_steps": 0,
+        "lr_matrices": 1e-2,
+        "lr_rest": 5e-3,
+    }
     return ClassifierRecipe(**(small | changes))
 
 
@@ -93,13 +116,10 @@ class ClassifierTask(Task[ClassifierRecipe]):
         tokenizer.save_pretrained(out)
         return tokenizer
 
-    def judged(self, model: Any, x: Tensor, y: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean NLL of the labels y (n,) of the rows x (n, T), nats; the share of wrong ones; the last states of x and `masked`."""
-        rows = torch.cat((x, masked))
-        states = model.bert.encoder(model.bert.embeddings(rows), attention_mask=open_to(rows)).last_hidden_state
-        logits = model.classifier(model.bert.pooler(states[: len(x)])).float()
-        wrong = (logits.argmax(-1) != y).float().mean()
-        return torch.nn.functional.cross_entropy(logits, y, reduction="sum") / len(y), wrong, states
+    def judged(self, model: Any, states: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean NLL of the labels y (n,) from last states (n, T, d), nats; the share of wrong ones."""
+        logits = model.classifier(model.bert.pooler(states)).float()
+        return torch.nn.functional.cross_entropy(logits, y), (logits.argmax(-1) != y).float().mean()
 
 
 class ClaimsTask(ClassifierTask):
@@ -121,7 +141,10 @@ class ClaimsTask(ClassifierTask):
         return self.save_tokenizer((c.text for c in claims(self.corpus, self.recipe.seed, 40_000)), out)
 
     def batches(self, tokenizer: PreTrainedTokenizerFast, shard: int) -> Iterator[Batch]:
-        """(ids (n, T), labels (n,), masked ids (n, T), places of objects (2n, SLOTS) in both, true tokens there, -100 for none)."""
+        """(ids (n, T), labels (n,), further ids (n, T), places (2n, SLOTS) of objects that are asked in both, -100 or true tokens there).
+
+        The further ids are true claims, masked; of those that are judged the false ones' objects are asked.
+        """
         found = list(claims(self.corpus, self.recipe.seed + 1 + shard, self.recipe.texts_per_shard))
         encoded = backend(tokenizer).encode_batch([c.text for c in found])
         rng = np.random.default_rng(self.recipe.seed + shard)
@@ -129,26 +152,60 @@ class ClaimsTask(ClassifierTask):
             true = [i for i in chosen if found[i].true]
             if not true:  # a shard's last few rows
                 continue
-            hidden = rng.choice(true, len(chosen))
-            ids = padded([encoded[i].ids for i in (*chosen, *hidden)])
+            shown = self.asked(tokenizer, chosen, found, encoded, true=False)
+            masked = self.asked(tokenizer, rng.choice(true, len(chosen)), found, encoded, width=shown[0].shape[1])
             labels = torch.tensor([int(found[i].true) for i in chosen])
-            masked = mask(ids[len(chosen) :], [object_tokens(encoded[i], found[i]) for i in hidden])
-            truths = [
-                e.ids
-                for e in backend(tokenizer).encode_batch([found[i].truth for i in chosen], add_special_tokens=False)
-            ]
-            shown = slots([object_tokens(encoded[i], found[i]) for i in chosen], truths)
-            places, tokens = (torch.cat(both) for both in zip(shown, masked, strict=True))
-            yield ids[: len(chosen)], labels, ids[len(chosen) :], places, tokens
+            yield shown[0], labels, masked[0], torch.cat((shown[1], masked[1])), torch.cat((shown[2], masked[2]))
+
+    def batch_instead(self, tokenizer: PreTrainedTokenizerFast, step: int) -> Batch | None:
+        """In the first steps: nothing to judge, but claims of like length whose objects are asked, drawn for this step."""
+        recipe = self.recipe
+        if step >= recipe.filling_steps:
+            return None
+        drawn = claims(self.corpus, recipe.seed + 1_000_000 + step, recipe.tokens_per_step // 5)
+        found = [claim for claim in drawn if claim.true or step >= recipe.correcting_from]
+        encoded = backend(tokenizer).encode_batch([claim.text for claim in found])
+        by_length = sorted(range(len(found)), key=lambda i: len(encoded[i].ids))
+        end = int(np.random.default_rng(recipe.seed + step).integers(len(found) // 4, len(found))) + 1
+        size = recipe.tokens_per_step // len(encoded[by_length[end - 1]].ids)
+        ids, places, tokens = self.asked(tokenizer, by_length[max(0, end - size) : end], found, encoded)
+        return ids[:0], torch.zeros(0, dtype=torch.long), ids, places, tokens
+
+    def asked(
+        self, tokenizer: PreTrainedTokenizerFast, chosen: Sequence[int], found: Sequence[Claim], encoded: Sequence[Any], *,
+        true: bool = True, width: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Rows (n, T) of chosen claims, at least `width` wide, and the places and true tokens (n, SLOTS) of their objects.
+
+        A false object stays where it is; a true one is masked, or with true=False shown and not asked.
+        """
+        truths = backend(tokenizer).encode_batch([found[i].truth for i in chosen], add_special_tokens=False)
+        rows, at = (
+            padded([encoded[i].ids for i in chosen], width),
+            [object_tokens(encoded[i], found[i]) for i in chosen],
+        )
+        for row, own, i in zip(rows, at, chosen, strict=True):
+            if found[i].true and true:
+                row[own] = MASK
+        wanted = [[] if found[i].true and not true else truth.ids for i, truth in zip(chosen, truths, strict=True)]
+        return rows, *slots(at, wanted)
 
     def loss(self, model: Any, *batch: Tensor) -> tuple[Tensor, Tensor]:
-        """NLL of the labels plus mean NLL of the true objects' tokens, nats; the share of claims misjudged."""
-        x, y, hidden, places, tokens = batch
-        judging, wrong, states = self.judged(model, x, y, hidden)
-        asked = tokens != -100
+        """NLL of the labels plus mean NLL of the asked tokens, nats; the share of claims misjudged, or of tokens not filled in."""
+        x, y, further, places, tokens = batch
+        rows, asked = torch.cat((x, further)), tokens != -100
+        states, mask = model.bert.embeddings(rows), open_to(rows)
+        for layer in model.bert.encoder.layer[: self.recipe.filling_layers]:
+            states = layer(states, mask)
         at = states[torch.arange(len(states))[:, None].expand_as(places)[asked], places[asked]]
         logits = self.filling(at, model.bert.embeddings.word_embeddings.weight)
         filling = torch.nn.functional.cross_entropy(logits.float(), tokens[asked])
+        if not len(x):
+            return filling, (logits.argmax(-1) != tokens[asked]).float().mean()
+        states = states[: len(x)]
+        for layer in model.bert.encoder.layer[self.recipe.filling_layers :]:
+            states = layer(states, mask[: len(x)])
+        judging, wrong = self.judged(model, states, y)
         return judging + filling, wrong
 
 
@@ -172,11 +229,11 @@ class DocketTask(ClassifierTask):
         for chosen in batches_of_like([(len(e.ids),) for e in encoded], self.recipe.tokens_per_step, rng):
             yield padded([encoded[i].ids for i in chosen]), torch.tensor([cases[i].label for i in chosen])
 
-    def loss(self, model: PreTrainedModel, *batch: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, model: Any, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """NLL of the labels, nats; the share of cases misjudged."""
         x, y = batch
-        nll, wrong, _ = self.judged(model, x, y, x[:0])
-        return nll, wrong
+        found = model.bert.encoder(model.bert.embeddings(x), attention_mask=open_to(x))
+        return self.judged(model, found.last_hidden_state, y)
 
 
 class Filling(nn.Module):
@@ -201,14 +258,6 @@ def object_tokens(encoding: Any, found: Claim) -> list[int]:
     """Places of the tokens that hold a claim's object."""
     first, last = encoding.char_to_token(found.object[0]), encoding.char_to_token(found.object[1] - 1)
     return list(range(first, last + 1))
-
-
-def mask(rows: Tensor, objects: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Mask the objects of rows (n, T) in place; the places to fill in and their tokens (n, SLOTS), -100 for no token."""
-    filled = slots(objects, [rows[i, list(at)].tolist() for i, at in enumerate(objects)])
-    for i, at in enumerate(objects):
-        rows[i, at] = MASK
-    return filled
 
 
 def slots(objects: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
