@@ -22,7 +22,7 @@ from errata.bench.cases import Case
 from errata.codebook import CodebookEntry
 from errata.edit import EditRequest
 from errata.editor import Editor
-from errata.editors._items import contradictions, items_of, says
+from errata.editors._items import ALREADY, COVERED, contradictions, items_of, says
 from errata.errors import EditError
 from errata.low_rank import LowRank
 from errata.merge import merge
@@ -37,9 +37,8 @@ if TYPE_CHECKING:
     from errata.bench.intervals import Rate
     from errata.bench.tables import Table
 
-# Outcomes of items that are no edits: the model as it stands says them, by itself or by earlier edits, or they failed.
-ALREADY, COVERED, FAILED = "already", "covered", "failed"
-NO_EDIT = (ALREADY, COVERED, FAILED)
+FAILED = "failed"
+NO_EDIT = (ALREADY, COVERED, FAILED)  # outcomes of items that are no edits
 NEW_KEYS = ("add", "split")  # outcomes that add a key to a codebook
 Errors = dict[str, str]
 

@@ -12,6 +12,7 @@ from errata.codebook import Place, Replace, Routed
 from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
 from errata.editors._items import (
+    ALREADY,
     Item,
     column_of,
     items_of,
@@ -114,7 +115,7 @@ class AdapterEditor(Editor[C]):
             with Hooks(model, forward=[(place.path(parts), run.hook)]):
                 for i, (request, item) in enumerate(zip(requests, items, strict=True)):
                     done = self.config.skip and run.says([item])[0]
-                    report[request.id] = {"outcome": "already"} if done else run.train(item)
+                    report[request.id] = {"outcome": ALREADY} if done else run.train(item)
                     if progress is not None:
                         progress(i + 1, len(items))
                 said = run.says(items)

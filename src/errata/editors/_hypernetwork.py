@@ -320,9 +320,8 @@ class HyperLearner(Learner):
         """Prompts of other items, as of a batch in KnowledgeEditor's code, with their answers; not the item's own in any wording."""
         own = {item.prompt, *item.rephrases}
         drawn = draws.sample(self.items, min(len(self.items), 4 * count))
-        return [(i.prompt, i.target_true) for i in drawn if i.prompt not in own][:count] or [
-            (item.prompt, item.target_true)
-        ]
+        others = [i for i in drawn if i.prompt not in own][:count]
+        return [(i.prompt, i.target_true) for i in others or [item]]
 
     def run(self, updates: Sequence[Update], practice: Practice) -> Tensor:
         """Logits of the practice's rows under the updates."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from errata.codebook import Place, Replace, mlp_of
 from errata.edit import EditRequest, conflicts
-from errata.editors._models import late_layer
+from errata.editors._models import late, late_layer
 from errata.editors._value_rows import Row, ValueJob, rows_of
 from errata.errors import AnatomyError, ConfigError
 from errata.model.anatomy import Site, anatomy
@@ -26,6 +26,9 @@ from errata.model.tokens import pad, start_id, token_ids
 
 Call = Callable[..., Any]
 """The model, or the model with other parameters: keyword inputs -> an output with logits."""
+
+# What a streaming editor's report says of a request that is no edit: the model says it by itself, or by earlier edits.
+ALREADY, COVERED = "already", "covered"
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,7 @@ def place_of(
     """
     parts = anatomy(model)
     if layer is None and parts.encoder and (replace == "prompt" or key == "subject"):
-        depth = parts.encoder.n_layers
-        layer = f"encoder.{max(0, min(round(0.75 * depth), depth - 2))}"
+        layer = f"encoder.{late(parts.encoder.n_layers)}"
     found = layer_of(model, layer, late_layer(model))
     stack = parts.stack_of(found)[0]
     asks = key or ("first" if parts.role == "classifier" and replace != "prompt" else "last")

@@ -115,7 +115,11 @@ def rome_layer(model: nn.Module) -> int:
 
 def late_layer(model: nn.Module) -> int:
     """A layer near three quarters of the depth, where a query tells what is asked (35 of GPT-2 XL's 48), never the last."""
-    n_layers = anatomy(model).n_layers
+    return late(anatomy(model).n_layers)
+
+
+def late(n_layers: int) -> int:
+    """The same of a stack of so many layers."""
     return max(0, min(round(0.75 * n_layers), n_layers - 2))
 
 

@@ -21,7 +21,7 @@ from errata.dense import Dense
 from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
 from errata.editors._finetune import TrainConfig, Tuner, layers_of, parameters_of
-from errata.editors._items import Item, items_of, with_contradictions
+from errata.editors._items import ALREADY, Item, items_of, with_contradictions
 from errata.editors._models import rome_layer
 from errata.editors._value_search import _without_gradients
 from errata.errors import ConfigError
@@ -46,7 +46,6 @@ class FTConfig(TrainConfig):
 
 
 C = TypeVar("C", bound=FTConfig)
-ALREADY = "already"  # the outcome of a request that the model said by then, which is no edit
 _ROME: dict[str, Any] = {"objective": "prompt_last"}
 _KE: dict[str, Any] = {"parameters": "weights", "optimizer": "rmsprop", "lr": 1e-5, "steps": 100, "until": "says"}
 _GRACE: dict[str, Any] = {"order": "stream", "lr": 1e-2, "steps": 100, "until": "says"}

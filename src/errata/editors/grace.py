@@ -30,6 +30,8 @@ from errata.codebook import CodebookEntry, Place, Replace
 from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
 from errata.editors._items import (
+    ALREADY,
+    COVERED,
     Item,
     column_of,
     items_of,
@@ -290,7 +292,7 @@ class _Stream:
     def edit(self, request: EditRequest, item: Item) -> dict[str, Any]:
         """Take one request, unless the model says it already; its report."""
         if self.config.skip and self.says([item])[0]:
-            return {"outcome": "already"} if self._plain[request.id] else self._covered(request, item)
+            return {"outcome": ALREADY} if self._plain[request.id] else self._covered(request, item)
         if request.id not in self._starts:  # it was right before an edit of this batch came in its way
             self._starts[request.id] = self._search([request], [item])[0]
         key, (value, notes) = self._keys[request.id], self._starts[request.id]
@@ -321,7 +323,7 @@ class _Stream:
         entries, asked = self._answering(item)
         by = tuple(dict.fromkeys(tag for i in entries for tag in self.book.tags[i]))
         if not by:  # rounding alone: nothing answered
-            return {"outcome": "already"}
+            return {"outcome": ALREADY}
         value = self.book.values[asked].clone() if asked >= 0 else None
         if value is None or not self._holds(item, value):
             drawn = self.generator.get_state()
@@ -331,7 +333,7 @@ class _Stream:
         key, label = self._keys[request.id], wanted(self.model, item)[1]
         rules = self.book.rules
         self._note(CodebookEntry(request.id, key, value, self._radius(key), label, self.place, rules, covered_by=by))
-        return {"outcome": "covered", "by": list(by)}
+        return {"outcome": COVERED, "by": list(by)}
 
     def _answering(self, item: Item) -> tuple[list[int], int]:
         """The entries that answer any of an item's tokens, and the one that answers the token that asks (-1: none)."""

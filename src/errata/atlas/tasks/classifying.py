@@ -152,7 +152,7 @@ class ClaimsTask(ClassifierTask):
             true = [i for i in chosen if found[i].true]
             if not true:  # a shard's last few rows
                 continue
-            shown = self.asked(tokenizer, chosen, found, encoded, true=False)
+            shown = self.asked(tokenizer, chosen, found, encoded, hide=False)
             masked = self.asked(tokenizer, rng.choice(true, len(chosen)), found, encoded, width=shown[0].shape[1])
             labels = torch.tensor([int(found[i].true) for i in chosen])
             yield shown[0], labels, masked[0], torch.cat((shown[1], masked[1])), torch.cat((shown[2], masked[2]))
@@ -173,21 +173,19 @@ class ClaimsTask(ClassifierTask):
 
     def asked(
         self, tokenizer: PreTrainedTokenizerFast, chosen: Sequence[int], found: Sequence[Claim], encoded: Sequence[Any], *,
-        true: bool = True, width: int = 0,
+        hide: bool = True, width: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Rows (n, T) of chosen claims, at least `width` wide, and the places and true tokens (n, SLOTS) of their objects.
 
-        A false object stays where it is; a true one is masked, or with true=False shown and not asked.
+        A false object stays where it is; a true one is masked, or with hide=False shown and not asked.
         """
         truths = backend(tokenizer).encode_batch([found[i].truth for i in chosen], add_special_tokens=False)
-        rows, at = (
-            padded([encoded[i].ids for i in chosen], width),
-            [object_tokens(encoded[i], found[i]) for i in chosen],
-        )
+        rows = padded([encoded[i].ids for i in chosen], width)
+        at = [object_tokens(encoded[i], found[i]) for i in chosen]
         for row, own, i in zip(rows, at, chosen, strict=True):
-            if found[i].true and true:
+            if found[i].true and hide:
                 row[own] = MASK
-        wanted = [[] if found[i].true and not true else truth.ids for i, truth in zip(chosen, truths, strict=True)]
+        wanted = [[] if found[i].true and not hide else truth.ids for i, truth in zip(chosen, truths, strict=True)]
         return rows, *slots(at, wanted)
 
     def loss(self, model: Any, *batch: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ NAMES = {
 
 
 def methods() -> tuple[Method, ...]:
-    """The paper's methods, and GRACE as published. The others, which cost five to thirty times as much, get Atlas's first items."""
+    """The paper's methods, and GRACE as published. The others, which cost two to twelve times as much, get Atlas's first items."""
     return (
         Method("grace", "grace", "stream", MODEL),
         Method("grace-published", "grace", "stream", "published", most=FEW),
