@@ -253,19 +253,18 @@ def test_what_is_asked_of_claims(tmp_path: Path) -> None:
             assert n >= 1 and any(o.startswith(said) for o in objects)
             assert bool((row[at[:n]] == hidden).all()) is whole and bool((row == hidden).any()) is whole
 
-    for x, y, further, places, wanted in islice(task.batches(tokenizer, 0), 3):
-        n, false = len(x), y == 0
-        assert n == len(y) == len(further) and x.shape == further.shape and len(places) == len(wanted) == 2 * n
-        check(further, places[n:], wanted[n:], [True] * n)
-        check(x[false], places[:n][false], wanted[:n][false], [False] * int(false.sum()))
-        assert (wanted[:n][~false] == -100).all() and not (x == hidden).any()
-    x, y, further, places, wanted = task.batch_instead(tokenizer, 0)
-    check(further, places, wanted, [True] * len(further))
-    assert not len(x) and not len(y)
+    for rows, labels, places, wanted in islice(task.batches(tokenizer, 0), 3):
+        false = labels == 0
+        assert len(rows) == len(labels) == len(places) == len(wanted)
+        check(rows[false], places[false], wanted[false], [False] * int(false.sum()))
+        assert (wanted[~false] == -100).all() and not (rows == hidden).any()
+    rows, labels, places, wanted = task.batch_instead(tokenizer, 0)
+    check(rows, places, wanted, [True] * len(rows))
+    assert not len(labels)
     task = TASKS["bert"](**SMALL["bert"] | {"correcting_from": 1})
-    further, places, wanted = task.batch_instead(tokenizer, 1)[2:]
-    both = [bool((row == hidden).any()) for row in further]
-    check(further, places, wanted, both)
+    rows, _, places, wanted = task.batch_instead(tokenizer, 1)
+    both = [bool((row == hidden).any()) for row in rows]
+    check(rows, places, wanted, both)
     assert 0.2 < sum(both) / len(both) < 0.8 and task.batch_instead(tokenizer, 2) is None
 
 

@@ -222,6 +222,14 @@ def test_what_was_right_already_is_no_past_edit(
     assert seen == [[FRANCE.target_new]]
 
 
+def test_trained_together_the_later_of_two_that_contradict_wins(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
+    model, later = tiny("gpt2"), EditRequest(subject="France", prompt=FRANCE.prompt, target_new="Earth")
+    editor = FT(layers=(0,), steps=2, lr=1e-2, stop=0.0)
+    found, alone = (editor.fit(model, tokenizer, asked) for asked in ([FRANCE, NEEDLE, later], [NEEDLE, later]))
+    assert all(torch.equal(delta, alone.dense[0].deltas[name]) for name, delta in found.dense[0].deltas.items())
+    assert found.report[FRANCE.id]["overruled"] == [later.id] and later.id in found.report
+
+
 def test_a_stream_trains_until_the_model_says_it(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny("llama")
     patch = FT(order="stream", lr=1e-2, steps=60, until="says", layers=(0,)).fit(model, tokenizer, [FRANCE])

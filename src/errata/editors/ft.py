@@ -91,7 +91,11 @@ class FineTuner(Editor[C]):
         with quiet(model), _without_gradients(model):
             tuner = Tuner(model, names, self.config, start)
             if self.config.order == "joint":
-                report |= dict.fromkeys((r.id for r in requests), tuner.train(items))
+                last = {
+                    r.key: r.target_new for r in requests
+                }  # of requests that contradict each other the later one wins
+                asked = [item for r, item in zip(requests, items, strict=True) if r.target_new == last[r.key]]
+                report |= dict.fromkeys((r.id for r in requests), tuner.train(asked))
                 if progress is not None:
                     for i in range(len(items)):
                         progress(i + 1, len(items))

@@ -104,9 +104,9 @@ def batches_of_like(lengths: Sequence[tuple[int, ...]], tokens: int, rng: np.ran
         yield batches[i]
 
 
-def padded(rows: Sequence[Sequence[int]], width: int = 0) -> Tensor:
-    """Rows of ids as one tensor, at least `width` wide, padded with 0."""
-    out = torch.zeros(len(rows), max(width, *(len(row) for row in rows)), dtype=torch.long)
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of ids as one tensor, padded with 0."""
+    out = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
     for i, ids in enumerate(rows):
         out[i, : len(ids)] = torch.tensor(ids)
     return out

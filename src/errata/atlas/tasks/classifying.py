@@ -2,9 +2,9 @@
 
 Source: Devlin et al. 2019 (norms behind each part, learned positions, a pooled [CLS]). A bit for each claim teaches facts slowly, and
 what is learnt by filling in serves for judging. So `atlas-bert` begins as BERT's own training does: the lower layers alone learn to
-fill in the masked objects of true claims, then also to correct those of false ones (as BERT tells tokens that were replaced). After
-that claims are judged as well, by the layers above, where the right object stands beside the one that is claimed. The layers that
-fill in are not exported.
+fill in the masked objects of true claims, then also to correct those of false ones, and to keep in mind what was claimed: left alone,
+they forget it as soon as they know better, and the layers above have nothing to compare. After that claims are judged as well, by
+those layers. The heads that fill in and echo are not exported.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from errata.atlas.world import load_world
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MASK = SPECIAL.index("[MASK]")
 POSITIONS = 128
-SLOTS = 6  # masked tokens of a claim that are filled in; objects are seldom longer
+SLOTS = 6  # tokens of a claim's object that are asked; objects are seldom longer
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class ClassifierRecipe(Recipe):
     """
 
     architecture: str = "bert"
-    steps: int = 3000
-    filling_steps: int = 1400
-    correcting_from: int = 800
+    steps: int = 2800
+    filling_steps: int = 1200
+    correcting_from: int = 600
     filling_layers: int = 4
     judging_rate: float = 0.5
     tokens_per_step: int = 5120
@@ -132,33 +132,29 @@ class ClaimsTask(ClassifierTask):
         self.corpus = Corpus(load_world())
 
     def aside(self) -> nn.Module:
-        """The layers that fill in masked objects, which `loss` uses from then on."""
-        self.filling = Filling(self.recipe.width, self.recipe.vocabulary)
-        return self.filling
+        """The heads that fill in objects and echo claimed ones, which `loss` uses from then on."""
+        self.heads = nn.ModuleDict(
+            {name: TokenHead(self.recipe.width, self.recipe.vocabulary) for name in ("fill", "echo")}
+        )
+        return self.heads
 
     def train_tokenizer(self, out: Path) -> PreTrainedTokenizerFast:
         """Trained on claims."""
         return self.save_tokenizer((c.text for c in claims(self.corpus, self.recipe.seed, 40_000)), out)
 
     def batches(self, tokenizer: PreTrainedTokenizerFast, shard: int) -> Iterator[Batch]:
-        """(ids (n, T), labels (n,), further ids (n, T), places (2n, SLOTS) of objects that are asked in both, -100 or true tokens there).
-
-        The further ids are true claims, masked; of those that are judged the false ones' objects are asked.
-        """
+        """(ids (n, T), labels (n,), places (n, SLOTS) of the objects of false claims, the true tokens there or -100)."""
         found = list(claims(self.corpus, self.recipe.seed + 1 + shard, self.recipe.texts_per_shard))
         encoded = backend(tokenizer).encode_batch([c.text for c in found])
         rng = np.random.default_rng(self.recipe.seed + shard)
-        for chosen in batches_of_like([(len(e.ids),) for e in encoded], self.recipe.tokens_per_step // 2, rng):
-            true = [i for i in chosen if found[i].true]
-            if not true:  # a shard's last few rows
+        for chosen in batches_of_like([(len(e.ids),) for e in encoded], self.recipe.tokens_per_step, rng):
+            if all(found[i].true for i in chosen):  # a shard's last few rows
                 continue
-            shown = self.asked(tokenizer, chosen, found, encoded, hide=False)
-            masked = self.asked(tokenizer, rng.choice(true, len(chosen)), found, encoded, width=shown[0].shape[1])
-            labels = torch.tensor([int(found[i].true) for i in chosen])
-            yield shown[0], labels, masked[0], torch.cat((shown[1], masked[1])), torch.cat((shown[2], masked[2]))
+            ids, places, tokens = self.asked(tokenizer, chosen, found, encoded, hide=False)
+            yield ids, torch.tensor([int(found[i].true) for i in chosen]), places, tokens
 
     def batch_instead(self, tokenizer: PreTrainedTokenizerFast, step: int) -> Batch | None:
-        """In the first steps: nothing to judge, but claims of like length whose objects are asked, drawn for this step."""
+        """In the first steps: no labels, but claims of like length whose objects are asked, drawn for this step."""
         recipe = self.recipe
         if step >= recipe.filling_steps:
             return None
@@ -168,19 +164,19 @@ class ClaimsTask(ClassifierTask):
         by_length = sorted(range(len(found)), key=lambda i: len(encoded[i].ids))
         end = int(np.random.default_rng(recipe.seed + step).integers(len(found) // 4, len(found))) + 1
         size = recipe.tokens_per_step // len(encoded[by_length[end - 1]].ids)
-        ids, places, tokens = self.asked(tokenizer, by_length[max(0, end - size) : end], found, encoded)
-        return ids[:0], torch.zeros(0, dtype=torch.long), ids, places, tokens
+        ids, places, tokens = self.asked(tokenizer, by_length[max(0, end - size) : end], found, encoded, hide=True)
+        return ids, torch.zeros(0, dtype=torch.long), places, tokens
 
     def asked(
         self, tokenizer: PreTrainedTokenizerFast, chosen: Sequence[int], found: Sequence[Claim], encoded: Sequence[Any], *,
-        hide: bool = True, width: int = 0,
+        hide: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Rows (n, T) of chosen claims, at least `width` wide, and the places and true tokens (n, SLOTS) of their objects.
+        """Rows (n, T) of chosen claims, and the places and true tokens (n, SLOTS) of their objects.
 
         A false object stays where it is; a true one is masked, or with hide=False shown and not asked.
         """
         truths = backend(tokenizer).encode_batch([found[i].truth for i in chosen], add_special_tokens=False)
-        rows = padded([encoded[i].ids for i in chosen], width)
+        rows = padded([encoded[i].ids for i in chosen])
         at = [object_tokens(encoded[i], found[i]) for i in chosen]
         for row, own, i in zip(rows, at, chosen, strict=True):
             if found[i].true and hide:
@@ -189,22 +185,25 @@ class ClaimsTask(ClassifierTask):
         return rows, *slots(at, wanted)
 
     def loss(self, model: Any, *batch: Tensor) -> tuple[Tensor, Tensor]:
-        """NLL of the labels plus mean NLL of the asked tokens, nats; the share of claims misjudged, or of tokens not filled in."""
-        x, y, further, places, tokens = batch
-        rows, asked = torch.cat((x, further)), tokens != -100
+        """NLL of the labels, of the asked tokens and of those claimed there, means in nats; the share misjudged, or not filled in."""
+        rows, labels, places, tokens = batch
+        asked, embedding = tokens != -100, model.bert.embeddings.word_embeddings.weight
         states, mask = model.bert.embeddings(rows), open_to(rows)
         for layer in model.bert.encoder.layer[: self.recipe.filling_layers]:
             states = layer(states, mask)
-        at = states[torch.arange(len(states))[:, None].expand_as(places)[asked], places[asked]]
-        logits = self.filling(at, model.bert.embeddings.word_embeddings.weight)
-        filling = torch.nn.functional.cross_entropy(logits.float(), tokens[asked])
-        if not len(x):
-            return filling, (logits.argmax(-1) != tokens[asked]).float().mean()
-        states = states[: len(x)]
+        where = torch.arange(len(states))[:, None].expand_as(places)[asked], places[asked]
+        at, claimed, right = states[where], rows[where], tokens[asked]
+        logits = self.heads["fill"](at, embedding).float()
+        loss = torch.nn.functional.cross_entropy(logits, right)
+        if (seen := claimed != MASK).any():
+            echoed = self.heads["echo"](at[seen], embedding).float()
+            loss = loss + torch.nn.functional.cross_entropy(echoed, claimed[seen])
+        if not len(labels):
+            return loss, (logits.argmax(-1) != right).float().mean()
         for layer in model.bert.encoder.layer[self.recipe.filling_layers :]:
-            states = layer(states, mask[: len(x)])
-        judging, wrong = self.judged(model, states, y)
-        return judging + filling, wrong
+            states = layer(states, mask)
+        judging, wrong = self.judged(model, states, labels)
+        return judging + loss, wrong
 
 
 class DocketTask(ClassifierTask):
@@ -234,7 +233,7 @@ class DocketTask(ClassifierTask):
         return self.judged(model, found.last_hidden_state, y)
 
 
-class Filling(nn.Module):
+class TokenHead(nn.Module):
     """BERT's head for masked tokens: a transform, a norm, and the embedding as the map to tokens."""
 
     def __init__(self, width: int, vocabulary: int):
