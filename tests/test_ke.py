@@ -17,7 +17,7 @@ from errata.atlas.requests import counterfactual_requests
 from errata.atlas.training import training_items
 from errata.atlas.world import load_world
 from errata.edit import EditRequest
-from errata.editors._hypernetwork import Update, edited, logits_of, signals, smoothed
+from errata.editors._hypernetwork import Update, edited, logits_of, signals
 from errata.editors._learned import read_artefact
 from errata.editors.ke import KELearner, KnowledgeEditor, condition
 from errata.errors import ConfigError
@@ -62,12 +62,12 @@ def test_the_update_is_the_papers(family: str, gate: Any, tiny: Tiny, tokenizer:
             m, update = maps[at], updates[at]
             module = submodule(model, m.path)
             parameters = [module.weight, *([module.bias] if m.biased else [])]
-            gradient, *rest = torch.autograd.grad(smoothed(asked, logits_of(model, asked)).sum(), parameters)
+            gradient, *rest = torch.autograd.grad(asked.nll(logits_of(model, asked)).sum(), parameters)
             direction, ends = torch.randn_like(gradient) / gradient.numel() ** 0.5 + gradient / gradient.norm(), []
             for sign in (1, -1):
                 with torch.no_grad():
                     module.weight += sign * 1e-3 * direction
-                    ends.append(float(smoothed(asked, logits_of(model, asked)).sum()))
+                    ends.append(float(asked.nll(logits_of(model, asked)).sum()))
                     module.weight -= sign * 1e-3 * direction
             assert float((gradient * direction).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=1e-3)
             head = network.heads[at](conditions[i]).detach()
@@ -94,7 +94,7 @@ def test_the_gradient_through_the_hypernetwork(tiny: Tiny, tokenizer: PreTrained
         updates = learner.updates(items)
         after = learner.run(updates, practice)
         found = learner.constraints(practice, after, updates)
-        return practice.parted(smoothed(practice.asked, after, 0.1))[0].mean() + 3 * found["kl"] + 2 * found["lp"]
+        return practice.parted(practice.asked.nll(after, 0.1))[0].mean() + 3 * found["kl"] + 2 * found["lp"]
 
     named = dict(learner.module.named_parameters())
     found = torch.autograd.grad(loss(), list(named.values()), allow_unused=True)
@@ -127,7 +127,7 @@ def test_training_begins_with_a_step_down_the_gradient(tiny: Tiny, tokenizer: Pr
     steps = []
     for item in ITEMS[3:]:
         asked = supervised(model, tokenizer, [item.prompt], [item.target_new])
-        loss = smoothed(asked, logits_of(model, asked))[0]
+        loss = asked.nll(logits_of(model, asked))[0]
         gradients = torch.autograd.grad(loss, weights)
         steps.append(float(loss.detach()) / float(sum(g.square().sum() for g in gradients)))
     assert float(learner.module.unit) == pytest.approx(sorted(steps)[(len(steps) - 1) // 2], rel=1e-6)
@@ -164,7 +164,7 @@ def test_the_losses(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
     assert torch.allclose(norm.constraints(practice, after, updates)["lp"], whole, rtol=1e-6)
     labels, logits = practice.asked.labels[0], after[0]
     expected = F.cross_entropy(logits, labels, label_smoothing=0.1)
-    assert torch.allclose(smoothed(practice.asked, after, 0.1)[0], expected)
+    assert torch.allclose(practice.asked.nll(after, 0.1)[0], expected)
     assert learner.smoothing == 0.1 and learner_of(model, tokenizer, smoothing=0.0).smoothing == 0
 
 

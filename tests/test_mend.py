@@ -18,7 +18,7 @@ from errata.atlas.requests import counterfactual_requests
 from errata.atlas.training import training_items
 from errata.atlas.world import load_world
 from errata.edit import EditRequest
-from errata.editors._hypernetwork import LinearMap, edited, linear_maps, logits_of, signals, smoothed
+from errata.editors._hypernetwork import LinearMap, edited, linear_maps, logits_of, signals
 from errata.editors._learned import read_artefact
 from errata.editors.mend import MEND, Residual
 from errata.errors import AnatomyError, ConfigError
@@ -73,7 +73,7 @@ def test_factors_are_the_gradient(
     for i in range(2):
         asked = supervised(model, tok, [prompts[i]], [targets[i]])
         weights = [submodule(model, m.path).weight for m in maps]
-        gradients = torch.autograd.grad(smoothed(asked, logits_of(model, asked)).sum(), weights)
+        gradients = torch.autograd.grad(asked.nll(logits_of(model, asked)).sum(), weights)
         for m, signal, gradient in zip(maps, found, gradients, strict=True):
             dense = stored(model, m, signal.delta[i].mT @ signal.x[i])
             assert torch.allclose(dense, gradient, rtol=1e-5, atol=1e-9), m.path
@@ -95,14 +95,14 @@ def test_at_the_identity_the_update_is_a_gradient_step(
         updates = network(found)
     for m, update in zip(maps, updates, strict=True):
         weight = submodule(model, m.path).weight
-        (gradient,) = torch.autograd.grad(smoothed(asked, logits_of(model, asked))[0], [weight])
+        (gradient,) = torch.autograd.grad(asked.nll(logits_of(model, asked))[0], [weight])
         assert torch.allclose(stored(model, m, update.U[0] @ update.V[0].mT), -0.3 * gradient, atol=1e-9)
         direction, h, ends = torch.randn_like(weight), 1e-4, []
         direction += gradient * (direction.norm() / gradient.norm())  # so that the slope is not near zero
         for sign in (1, -1):
             with torch.no_grad():
                 weight += sign * h * direction
-                ends.append(float(smoothed(asked, logits_of(model, asked))[0]))
+                ends.append(float(asked.nll(logits_of(model, asked))[0]))
                 weight -= sign * h * direction
         slope = float((stored(model, m, update.U[0] @ update.V[0].mT) * direction).sum()) / -0.3
         assert slope == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-3, abs=1e-5)

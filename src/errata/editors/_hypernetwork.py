@@ -191,7 +191,7 @@ def signals(model: Any, maps: Sequence[LinearMap], asked: Supervised) -> tuple[l
 
     with torch.enable_grad(), Hooks(model, forward=[(m.path, probe(m.path)) for m in maps]):
         logits = logits_of(model, asked)
-        found = torch.autograd.grad(smoothed(asked, logits).sum(), [zeros[m.path] for m in maps])
+        found = torch.autograd.grad(asked.nll(logits).sum(), [zeros[m.path] for m in maps])
     rows = [(wide(xs[m.path]), wide(g)) for m, g in zip(maps, found, strict=True)]
     return [Signal(x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])) for x, g in rows], logits.detach()
 
@@ -215,14 +215,6 @@ def edited(model: Any, maps: Sequence[LinearMap], updates: Sequence[Update]) -> 
 
 
 # -- losses ------------------------------------------------------------------------------------------------------------------
-
-
-def smoothed(asked: Supervised, logits: Tensor, epsilon: float = 0.0) -> Tensor:
-    """(n,) nats: each row's mean cross-entropy over its target's tokens, the target having 1 - epsilon of the weight."""
-    labels = asked.labels if asked.labels.ndim == 2 else asked.labels[:, None]
-    scores = logits if logits.ndim == 3 else logits[:, None]
-    losses = F.cross_entropy(wide(scores).mT, labels, reduction="none", ignore_index=IGNORED, label_smoothing=epsilon)
-    return losses.sum(1) / (labels != IGNORED).sum(1)
 
 
 def divergence(before: Tensor, after: Tensor, where: Tensor) -> Tensor:

@@ -37,7 +37,6 @@ from errata.editors._hypernetwork import (
     edited,
     linear_maps,
     signals,
-    smoothed,
 )
 from errata.errors import ConfigError
 from errata.model.anatomy import anatomy
@@ -335,7 +334,7 @@ class KELearner(HyperLearner):
         asked = supervised(self.model, self.tokenizer, [i.prompt for i in items], [self.target(i) for i in items])
         found, logits = signals(self.model, self.maps, asked)
         squared = torch.stack([Update(s.delta.mT, s.x.mT).squared() for s in found]).sum(0)
-        return float((smoothed(asked, logits) / squared.clamp(min=1e-12)).median())
+        return float((asked.nll(logits) / squared.clamp(min=1e-12)).median())
 
     def updates(self, items: Sequence[TrainingItem]) -> list[Update]:
         """The hypernetwork's updates, of the unedited model."""
@@ -369,7 +368,7 @@ class KELearner(HyperLearner):
         practice = self.practice(items, self.outers(items, draws), draws)
         updates = self.updates(items)
         after = self.run(updates, practice)
-        edit = practice.parted(smoothed(practice.asked, after, self.smoothing))[0].mean()
+        edit = practice.parted(practice.asked.nll(after, self.smoothing))[0].mean()
         found = self.constraints(practice, after, updates)
         if self.config.objective == "penalty":
             loss = self.config.edit * edit + found["kl"]

@@ -33,7 +33,6 @@ from errata.editors._hypernetwork import (
     divergence,
     linear_maps,
     signals,
-    smoothed,
 )
 from errata.errors import ConfigError
 from errata.maths.moments import Standardise
@@ -236,7 +235,7 @@ class MENDLearner(HyperLearner):
 
     def loss(self, practice: Practice, after: Tensor) -> Tensor:
         """Nats, of the logits under the edits."""
-        said, _ = practice.parted(smoothed(practice.asked, after))
+        said, _ = practice.parted(practice.asked.nll(after))
         _, kept = practice.parted(after)
         kept_apart = divergence(practice.before, kept, practice.where).mean()
         return self.config.edit * said.mean() + self.config.locality * kept_apart

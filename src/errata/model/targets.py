@@ -32,12 +32,17 @@ class Supervised:
     inputs: dict[str, Tensor]
     labels: Tensor
 
-    def nll(self, logits: Tensor) -> Tensor:
-        """(n,) nats: the mean over each target's tokens of their negative log-likelihood; differentiable."""
+    def nll(self, logits: Tensor, smoothing: float = 0.0) -> Tensor:
+        """(n,) nats: the mean over each target's tokens of their negative log-likelihood; differentiable.
+
+        smoothing: the weight that the target leaves to all tokens alike.
+        """
         labels = self.labels if self.labels.ndim == 2 else self.labels[:, None]
         scores = logits if logits.ndim == 3 else logits[:, None]
         wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        losses = nn.functional.cross_entropy(wide.mT, labels, reduction="none", ignore_index=IGNORED)
+        losses = nn.functional.cross_entropy(
+            wide.mT, labels, reduction="none", ignore_index=IGNORED, label_smoothing=smoothing
+        )
         return losses.sum(1) / (labels != IGNORED).sum(1)
 
     def said(self, logits: Tensor) -> Tensor:
