@@ -132,8 +132,8 @@ def ripple_requests(world: World, n: int, *, split: Split = "test", seed: int = 
     """`n` random counterfactual edits from which compositions follow; fewer where Atlas has fewer.
 
     Of every ten, five are of facts about a subject that other facts name as their object, three lead through their new object to
-    another answer, and two are of subjects that have other names: so that both kinds of composition and aliases come often enough to
-    be told apart by stratum.
+    another answer (of these, subjects that have other names come first), and two are of subjects that have other names: so that
+    both kinds of composition and aliases come often enough to be told apart by stratum.
     """
     drawn = counterfactual_requests(world, len(world.facts), split=split, seed=seed)
     maker = RippleMaker(world, frozenset())
@@ -147,7 +147,8 @@ def ripple_requests(world: World, n: int, *, split: Split = "test", seed: int = 
         elif new_consequences(world, fact, request.target_new):
             chained.append(request)
     picked: dict[str, EditRequest] = {}
-    pools = [iter(pool) for pool in (bridged, chained, named)]
+    aliased = {request.id for request in named}
+    pools = [iter(pool) for pool in (bridged, sorted(chained, key=lambda request: request.id not in aliased), named)]
     others = iter(drawn)
     for which in cycle((0, 1, 0, 2, 0, 1, 0, 1, 0, 2)):
         free = (request for request in chain(pools[which], others) if request.id not in picked)
