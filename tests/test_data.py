@@ -111,7 +111,7 @@ def test_edits_of_one_fact_are_refused_together_and_named(tmp_path: Path) -> Non
     again = about("Codex Umbra", "DANISH", 18)
     kept, left_out = first_of_each_fact([*cases, *load_cases(str(saved(tmp_path / "again.json", again)))])
     assert [c.id for c in kept] == ["3", "8", "18"]  # the last writes what the first does
-    assert left_out == {"17": "it edits ('codex umbra', 'P407'), as case 3 does, to another object"}
+    assert left_out == {"case 17": "it edits ('codex umbra', 'P407'), as case 3 does, to another object"}
     with pytest.warns(UserWarning, match="1 rows of multi-counterfact left out; the first: .*row 3"):
         assert [c.id for c in load_cases("multi-counterfact", path=path, bad="skip")] == ["3", "8"]
 

@@ -73,7 +73,9 @@ class Problem:
     case: str = ""
     unit: str = ""
 
-    def __str__(self) -> str:
+    @property
+    def where(self) -> str:
+        """File, row, field, case and unit, as far as they are meant."""
         parts = (
             self.path,
             f"row {self.row}" if self.row else "",
@@ -81,7 +83,10 @@ class Problem:
             f"case {self.case}" if self.case else "",
             self.unit,
         )
-        return f"{', '.join(part for part in parts if part)}: {self.message}"
+        return ", ".join(part for part in parts if part)
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
 
 
 class FieldError(RecordError):

@@ -20,7 +20,7 @@ from errata.bench.data.counterfact import counterfact_case, read_counterfact, re
 from errata.bench.data.kilt import FEVER_LABELS, claim_case, read_kilt
 from errata.bench.data.knowedit import knowedit_case, read_knowedit
 from errata.bench.data.known import known_facts
-from errata.bench.data.records import Numbered, Problem, made, read_records, read_rows, settle
+from errata.bench.data.records import Numbered, Problem, Record, made, read_records, read_rows, settle
 from errata.bench.data.ripple import RippleRecord, ripple_case
 from errata.bench.data.scotus import read_scotus, scotus_case
 from errata.bench.data.snippets import load_snippets, references
@@ -301,6 +301,22 @@ def load_facts(
     return [fact for _, fact in found]
 
 
+def first_records(
+    path: str | Path,
+    kind: type[Record],
+    n: int | None,
+    *,
+    bad: Bad = "refuse",
+    left_out: list[Problem] | None = None,
+) -> list[Record]:
+    """The first n records of a file, for what is no case yet. Arguments and errors as in `load_cases`."""
+    _check_options("any data set", CHOICES, {"bad": bad})
+    problems: list[Problem] = []
+    found = _first(n, read_records(path, kind, problems), problems)
+    _pass_over(problems, bad, str(path), left_out)
+    return [record for _, record in found]
+
+
 def check(
     name: str,
     *,
@@ -341,8 +357,9 @@ def one_edit_per_fact(cases: Sequence[Case]) -> None:
 
 
 def first_of_each_fact(cases: Sequence[Case]) -> tuple[list[Case], dict[str, str]]:
-    """The cases without those that write another object over the fact of an earlier one, and {case left out: why}: in one model at
-    once the two contradict each other. A second case of the same edit stays.
+    """The cases without those that write another object over the fact of an earlier one, and {"case ID": why it is left out}.
+
+    In one model at once the two contradict each other. A second case of the same edit stays.
     """
     first: dict[str, Case] = {}
     kept: list[Case] = []
@@ -353,7 +370,7 @@ def first_of_each_fact(cases: Sequence[Case]) -> tuple[list[Case], dict[str, str
             kept.append(case)
         else:
             about = f"({request.subject!r}, {request.relation or request.prompt!r})"
-            left_out[case.id] = f"it edits {about}, as case {before.id} does, to another object"
+            left_out[f"case {case.id}"] = f"it edits {about}, as case {before.id} does, to another object"
     return kept, left_out
 
 
