@@ -71,9 +71,10 @@ def test_what_a_run_leaves_out_of_its_data_is_printed_and_kept(tmp_path: Path) -
     rows = [{**one, "generation_prompts": []} for one in (row, other)]
     data, run = tmp_path / "counterfact.json", tmp_path / "run"
     data.write_text(json.dumps([rows[0], {"case_id": 2}, rows[1]]))
-    words = ("lifelong", "--model", "atlas", "--methods", "icl", "--data", data, "--out", run, "--workers", 1)
+    words = ("sake-counterfact", "--model", "atlas", "--methods", "icl", "--data", data, "--out", run, "--workers", 1)
     refused = bench(*words)
-    assert refused.exit_code != 0 and "row 2, field requested_rewrite" in refused.stderr and not run.exists()
+    said = " ".join(refused.stderr.split())
+    assert refused.exit_code != 0 and "row 2, field requested_rewrite" in said and not run.exists()
     done = bench(*words, "--data-option", "bad=skip")
     assert done.exit_code == 0, done.stderr
     said = " ".join(done.stderr.split())

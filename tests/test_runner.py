@@ -262,7 +262,7 @@ def test_of_two_edits_that_contradict_each_other_the_later_is_left_out_where_the
         plan = Plan(one, str(place / "model"), methods)
         done = run(plan, place / f"run-{len(methods)}", model, tokenizer, cache=place / "cache")
         fits = read_fits(done.path)
-        assert not any(fits["error"]) and sorted(set(fits["case"])) == names
+        assert not any(fits["error"].fillna("")) and sorted(set(fits["case"])) == names
         kept = json.loads((done.path / "summary.json").read_text())
         assert [m["failed"] for m in kept["methods"].values()] == [{}] * len(methods)
         why = "it edits ('The Needle', 'Go and see {}'), as case Needle does, to another object"
