@@ -33,6 +33,8 @@ def test_what_there_is_and_what_there_is_not(tmp_path: Path) -> None:
     assert wrong.exit_code == 2 and "no method 'rone'" in wrong.stderr and "did you mean rome" in wrong.stderr
     wrong = bench("sake-counterfact", "--model", "atlas", "--out", tmp_path / "a", "--address", "x")
     assert wrong.exit_code == 2 and "--address belongs to --engine ray" in wrong.stderr
+    wrong = bench("sake-counterfact", "--model", "atlas", "--out", tmp_path / "a", "--data-option", "seed=1")
+    assert wrong.exit_code == 2 and "no data set has an option 'seed'; there are flagged, bad" in wrong.stderr
     assert bench("resume", tmp_path).exit_code == 2 and not (tmp_path / "a").exists()
 
 
@@ -59,3 +61,29 @@ def test_a_small_run_goes_on_and_shows_itself(tmp_path: Path) -> None:
     assert json.loads(bench("rows", run, "--where", "kind = edit", "--json").stdout)["rows"] == rows["rows"]
     other = bench(*words[:-4], 5, *words[-3:])
     assert other.exit_code == 2 and "another run (asked_n is 2 there and 5 here)" in " ".join(other.stderr.split())
+
+
+def test_what_a_run_leaves_out_of_its_data_is_printed_and_kept(tmp_path: Path) -> None:
+    rewrite = {"prompt": "{} was written in", "relation_id": "P407", "subject": "Codex Umbra"}
+    rewrite |= {"target_new": {"str": "Danish"}, "target_true": {"str": "Latin"}}
+    row = {"case_id": 1, "requested_rewrite": rewrite, "paraphrase_prompts": [], "neighborhood_prompts": []}
+    other = {**row, "case_id": 3, "requested_rewrite": {**rewrite, "target_new": {"str": "Welsh"}}}
+    rows = [{**one, "generation_prompts": []} for one in (row, other)]
+    data, run = tmp_path / "counterfact.json", tmp_path / "run"
+    data.write_text(json.dumps([rows[0], {"case_id": 2}, rows[1]]))
+    words = ("sake-counterfact", "--model", "atlas", "--methods", "icl", "--data", data, "--out", run, "--workers", 1)
+    refused = bench(*words)
+    said = " ".join(refused.stderr.split())
+    assert refused.exit_code != 0 and "row 2, field requested_rewrite" in said and not run.exists()
+    done = bench(*words, "--data-option", "bad=skip")
+    assert done.exit_code == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "2 left out of the data" in said and "as case 1 does, to another object" in said
+    kept = json.loads((run / "run.json").read_text())["spec"]
+    assert (kept["n"], kept["data_options"]) == (1, {"bad": "skip"})
+    left_out = json.loads((run / "summary.json").read_text())["left_out"]
+    assert list(left_out) == [f"{data}, row 2, field requested_rewrite", "case 3"]
+    (run / "summary.json").unlink()
+    again = bench("resume", run, "--json", "--no-report")
+    assert again.exit_code == 0 and json.loads(again.stdout)["left_out"] == left_out
+    assert "left out of the data: 2 (" in (run / "report.md").read_text()

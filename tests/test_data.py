@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from errata.bench.cases import Case, Probe
 from errata.bench.data import DATASETS, Problem, check, load_cases, load_facts, one_edit_per_fact
 from errata.bench.data.faults import check_cases, without
-from errata.bench.data.registry import data_folder, find, layout_of
+from errata.bench.data.registry import data_folder, find, first_of_each_fact, layout_of
 from errata.bench.data.ripple import IN_FIT, NOT_IN_FIT, RippleRecord, ripple_case, ripple_request
 from errata.bench.data.snippets import load_snippets, published_tfidf, references, snippet_tfidf
 from errata.cli import app
@@ -107,8 +107,12 @@ def test_edits_of_one_fact_are_refused_together_and_named(tmp_path: Path) -> Non
     ):
         load_cases("multi-counterfact", path=path)
     [problem] = [p for p in check("counterfact", path=path) if p.kind == "conflict"]
-    assert (problem.case, "case 3 edits the same fact" in problem.message) == ("17", True)
-    with pytest.warns(UserWarning, match="1 bad rows of multi-counterfact left out; the first: .*row 3"):
+    assert (problem.row, problem.case, "case 3 edits the same fact" in problem.message) == (3, "17", True)
+    again = about("Codex Umbra", "DANISH", 18)
+    kept, left_out = first_of_each_fact([*cases, *load_cases(str(saved(tmp_path / "again.json", again)))])
+    assert [c.id for c in kept] == ["3", "8", "18"]  # the last writes what the first does
+    assert left_out == {"case 17": "it edits ('codex umbra', 'P407'), as case 3 does, to another object"}
+    with pytest.warns(UserWarning, match="1 rows of multi-counterfact left out; the first: .*row 3"):
         assert [c.id for c in load_cases("multi-counterfact", path=path, bad="skip")] == ["3", "8"]
 
 
@@ -237,6 +241,18 @@ def test_an_object_that_holds_a_copula_is_found_by_the_aliasing_tests() -> None:
     assert (request.text, request.target_new) == ("The name of the anthem of the Realm is", "This is Home")
 
 
+@pytest.mark.parametrize("blank", ["", " "])
+def test_a_blank_name_is_a_bad_row(blank: str, tmp_path: Path) -> None:
+    answer = {"value": "Cy", "aliases": ["Cyril", blank]}
+    test = a_test([query("Bo Reed's son is", answers=[answer])], [])
+    path = saved(tmp_path / "popular.json", ripple(), ripple(Logical_Generalization=[test]))
+    where = "row 2, field Logical_Generalization.0.test_queries.0.answers.0.aliases.1: expected a name, found"
+    with pytest.raises(RecordError, match=where):
+        load_cases("ripple-popular", path=path)
+    with pytest.warns(UserWarning, match=where):
+        assert len(load_cases("ripple-popular", path=path, bad="skip")) == 1
+
+
 def test_a_statement_without_a_copula_is_a_bad_row(tmp_path: Path) -> None:
     path = saved(tmp_path / "r.json", ripple(edit=fact("Ada Quill married Bo Reed.", "Q2"), Subject_Aliasing=[]))
     with pytest.raises(RecordError, match=r"row 1, field edit.prompt: .*'Ada Quill married Bo Reed.'"):
@@ -308,7 +324,6 @@ def test_zsre_locality_and_its_wrong_rows(tmp_path: Path) -> None:
     assert case.request.prompt == "Is {} by the maker of night ferry?"
     array: tuple[tuple[dict[str, Any], str], ...] = (
         ({**ARRAY, "src": "Who composed it?"}, "row 2, field src: the question 'Who composed it.'"),
-        ({**ARRAY, "alt": ""}, "row 2, field alt: there is no other answer"),
         ({**ARRAY, "answers": []}, "row 2, field answers: "),
     )
     for wrong, where in array:
@@ -316,11 +331,43 @@ def test_zsre_locality_and_its_wrong_rows(tmp_path: Path) -> None:
             load_cases("zsre", path=saved(tmp_path / "z.json", ARRAY, wrong))
     kilt: tuple[tuple[dict[str, Any], str], ...] = (
         ({**KILT, "output": [{"provenance": []}]}, "row 2, field output: expected an output with an answer"),
-        ({**KILT, "alternatives": ["L. Marr"]}, "row 2, field alternatives: there is no other answer"),
     )
     for wrong, where in kilt:
         with pytest.raises(RecordError, match=where):
             load_cases("zsre", path=saved(tmp_path / "z.jsonl", KILT, wrong))
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "field"),
+    [({**ARRAY, "alt": ""}, "z.json", "alt"), ({**KILT, "alternatives": ["L. Marr"]}, "z.jsonl", "alternatives")],
+)
+def test_zsre_without_another_answer_is_left_out_and_counted(
+    row: dict[str, Any], name: str, field: str, tmp_path: Path
+) -> None:
+    path = saved(tmp_path / name, ARRAY if field == "alt" else KILT, row, row)
+    left_out: list[Problem] = []
+    assert len(load_cases("zsre", path=path, left_out=left_out)) == 1
+    assert [(p.row, p.field, p.kind) for p in left_out] == [(2, field, "no edit"), (3, field, "no edit")]
+    assert [p.kind for p in check("zsre", path=path)] == ["no edit", "no edit"]
+    with pytest.warns(
+        UserWarning, match=f"2 rows of zsre left out; the first: .*row 2, field {field}: there is no other"
+    ):
+        assert len(load_cases("zsre", path=path)) == 1
+    assert len(load_cases("zsre", path=path, target="correction")) == 3
+
+
+def test_bad_rows_count_as_far_as_n_goes(tmp_path: Path) -> None:
+    path = saved(tmp_path / "cf.json", counterfact(), {"case_id": 9}, about("Liber Novus"), {"case_id": 10})
+    assert [case.id for case in load_cases("counterfact", path=path, n=1)] == ["7"]
+    with pytest.raises(RecordError, match="row 2, field requested_rewrite: the field is missing; mend the row"):
+        load_cases("counterfact", path=path, n=2)
+    left_out: list[Problem] = []
+    assert [case.id for case in load_cases("counterfact", path=path, n=2, bad="skip", left_out=left_out)] == ["7", "8"]
+    assert [p.row for p in left_out] == [2]
+    assert [p.row for p in check("counterfact", path=path)] == [2, 4]
+    assert [p.row for p in check("counterfact", path=path, n=2)] == [2]
+    with pytest.raises(ConfigError, match="expected bad of any data set to be refuse or skip, found 'pass'"):
+        load_cases("counterfact", path=path, bad="pass")  # type: ignore[arg-type]
 
 
 def test_kilt_lines_of_one_id_are_cases_apart(tmp_path: Path) -> None:
@@ -348,7 +395,8 @@ def test_known_facts_are_for_tracing(tmp_path: Path) -> None:
     first, _ = load_facts("known-1000", path=path)
     assert (first.prompt, first.subject, first.attribute) == ("Codex Umbra is written in", "Codex Umbra", "Latin")
     assert load_facts(str(path), n=1) == [first]
-    assert [p.kind for p in check(str(path))] == ["in prompt", "contradiction"]
+    found = [("in prompt", 2, "Codex Umbra"), ("contradiction", 2, "Codex Umbra")]
+    assert [(p.kind, p.row, p.case) for p in check(str(path))] == found
     with pytest.raises(ConfigError, match="facts to trace and no edits; load_facts"):
         load_cases("known-1000", path=path)
     with pytest.raises(ConfigError, match="zsre holds edits"):
@@ -442,6 +490,34 @@ def test_answers_in_prompts_and_what_is_kept_without_them() -> None:
     [kept] = without([one, two], check_cases([one, two]))  # the second's edit has the fault
     assert [probe.kind for probe in kept.probes] == ["edit", "portability"]
     assert kept.tags["dropped"] == "1"
+
+
+def test_the_condition_of_an_alias_asks_for_the_old_object(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The published one asks the test's own question for the new object, which no unedited model gives."""
+    says = {
+        "The name of the spouse of A. Quill is": " Bo Ash.",
+        "The name of the spouse of Quill is": " Cy.",
+        "The place of birth of Bo Reed is": " Tarn City.",
+        "The name of the spouse of Ada Quill is": " Bo Ash.",
+    }
+    monkeypatch.setattr("errata.model.generate.greedy", lambda *rest, **_: [says[prompt] for prompt in rest[2]])
+    known = query("The name of the spouse of A. Quill is", "Bo Reed", subject_id="Q1")
+    unknown = query("The name of the spouse of Quill is", "Bo Reed", subject_id="Q1")
+    row = ripple(Relation_Specificity=[], Subject_Aliasing=[a_test([known], [known]), a_test([unknown], [unknown])])
+    path = saved(tmp_path / "popular.json", ripple(Relation_Specificity=[], Subject_Aliasing=[]), row)
+    problems = check("ripple-popular", path=path, model_data=(None, tokenizer))
+    assert [(p.row, p.kind, p.unit) for p in problems if p.kind != "conflict"] == [
+        (2, "condition", "subject_aliasing:1")
+    ]
+    assert "with 'Cy.', not 'Bo Ash'" in problems[-1].message
+    _, kept = load_cases("ripple-popular", path=path, flagged="drop", model_data=(None, tokenizer))
+    assert [p.prompt for p in asked(kept, "subject_aliasing")] == [known["prompt"]]
+    # A fact that is new has no old object but the model's own answer.
+    del row["edit"]["original_fact"]
+    problems = check("ripple-recent", path=saved(path, row), model_data=(None, tokenizer))
+    assert [(p.kind, p.unit) for p in problems] == [("condition", "subject_aliasing:1")]
 
 
 def test_contradictions() -> None:
@@ -573,7 +649,20 @@ def test_data_list_says_what_is_here(tmp_path: Path) -> None:
     assert (found["counterfact"]["here"], found["counterfact"]["hub"]) == (False, "azhx/counterfact")
     assert found["atlas-ripple"]["here"] and found["atlas-ripple"]["made"]
     shown = run("list").stdout
-    assert "no; give a path" in shown and "made on the spot" in shown
+    words = " ".join(shown.replace("│", " ").split())
+    assert "no; give a path" in words and "made on the spot" in words
+    assert "snippets=PATH" in words and "target=" in words and "attribute-snippets" in words
+    assert "popular.json:" in words and "edenbiran/RippleEdits" in words and "(azhx/counterfact)" in words
+    weights = found["tf-idf"]
+    assert (weights["here"], weights["names"]) == (False, ["idf.npy", "tfidf_vocab.json"])
+    np.save(data_folder() / "idf.npy", np.zeros(3))
+    (data_folder() / "tfidf_vocab.json").write_text("{}")
+    again = {one["name"]: one for one in json.loads(run("list", "--json").stdout)["datasets"]}
+    assert again["tf-idf"]["here"] and not again["attribute-snippets"]["here"]
+    with pytest.raises(ConfigError, match="attribute-snippets holds reference texts and no edits; .*`snippets`"):
+        load_cases("attribute-snippets")
+    saved(data_folder() / "attribute_snippets.json", {"relation_id": "P1", "target_id": "Q1", "samples": []})
+    assert [(p.row, p.field) for p in check("attribute-snippets")] == [(1, "samples")]
 
 
 def test_data_check_counts_and_exits(tmp_path: Path) -> None:
@@ -582,12 +671,14 @@ def test_data_check_counts_and_exits(tmp_path: Path) -> None:
     value = json.loads(result.stdout)
     assert (result.exit_code, value["counts"]) == (1, {"row": 1, "in prompt": 1})
     assert [(p["row"], p["field"]) for p in value["problems"][:1]] == [(2, "requested_rewrite")]
-    assert value["problems"][1]["case"] == "8"
+    assert [(p["row"], p["case"]) for p in value["problems"]] == [(2, ""), (3, "8")]
     text = run("check", "counterfact", "--path", str(path)).stdout
     assert "[row]" in text and f"{path}, row 2, field requested_rewrite: the field is missing" in text
     assert run("check", str(saved(path, counterfact()))).exit_code == 0
     result = run("check", "zsre", "--path", str(path), "--set", "target")
     assert result.exit_code == 2
+    result = run("check", "zsre", "--path", str(path), "--set", "n=5")
+    assert result.exit_code == 2 and "no data set has an option 'n'" in result.stderr
 
 
 def test_problems_say_where() -> None:

@@ -1,5 +1,6 @@
 """Presets, and the probes that they make."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,8 @@ from errata.bench.cases import Case, Probe
 from errata.bench.figures import Point, Series, curves, dots, matrix, radar, styles_of
 from errata.bench.methods import MODEL, resolved
 from errata.bench.preset import Context, Method, available_presets, get_preset
+from errata.bench.presets import _claims, lifelong, sake_ot, sake_threshold
 from errata.bench.presets import _common as common
-from errata.bench.presets import lifelong, sake_ot, sake_threshold
 from errata.edit import EditRequest
 from errata.editors import available_editors
 from errata.errors import ConfigError, RecordError, RequestError
@@ -69,7 +70,8 @@ def test_methods_have_labels_of_their_own_and_editors_that_exist(name: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "n"), [("sake-counterfact", 2000), ("sake-ripple", 885), ("sake-doubt", 150), ("sake-prompts", 150)]
+    ("name", "n"),
+    [("sake-counterfact", 2000), ("sake-ripple", 885), ("sake-doubt", 150), ("sake-prompts", 150), ("sake-ot", 2000)],
 )
 def test_sizes_are_the_papers(name: str, n: int) -> None:
     assert get_preset(name).published_n == n
@@ -116,6 +118,92 @@ def test_methods_take_what_was_chosen_for_the_model(atlas: Any) -> None:
     assert steam.changes["aligned"] == (4, 5)
     assert steam.changes["layer"] == 2 and steam.changes["lr"] == 9.0
     assert len(Path(str(steam.changes["references"])).read_text().splitlines()) > 5000
+
+
+# -- data ------------------------------------------------------------------------------------------------------------------
+
+
+def record(case_id: int, subject: str, new: str = "Danish", **changes: Any) -> dict[str, Any]:
+    rewrite = {"prompt": "{} was written in", "relation_id": "P407", "subject": subject}
+    rewrite |= {"target_new": {"str": new}, "target_true": {"str": "Latin"}}
+    prompts = {"paraphrase_prompts": [f"{subject} is in"], "neighborhood_prompts": [], "generation_prompts": []}
+    return {"case_id": case_id, "requested_rewrite": rewrite, **prompts, **changes}
+
+
+def test_data_options_reach_the_cases_and_what_is_left_out_is_told(tmp_path: Path) -> None:
+    leaking = record(4, "Liber", paraphrase_prompts=["Liber is in Danish, not in"])
+    rows = [record(1, "Codex"), {"case_id": 2}, record(3, "Danish Codex"), leaking, {"case_id": 5}]
+    path = tmp_path / "counterfact.json"
+    path.write_text(json.dumps(rows))
+    context = Context("tiny", None, None, n=3, data=str(path))
+    with pytest.raises(RecordError, match="row 2, field requested_rewrite: the field is missing"):
+        common.draw(context, 3)
+    skipping = replace(context, data_options={"bad": "skip"})
+    assert [case.id for case in common.draw(skipping, 3)] == ["1", "3", "4"]
+    assert skipping.left_out == {f"{path}, row 2, field requested_rewrite": "the field is missing"}
+    dropping = replace(context, data_options={"bad": "skip", "flagged": "drop"}, left_out={})
+    first, last = common.draw(dropping, 3)
+    assert ([p.kind for p in first.probes], [p.kind for p in last.probes]) == (["edit", "paraphrase"], ["edit"])
+    units = [
+        "row 2, field requested_rewrite",
+        "row 3, case 3, edit:0",
+        "row 3, case 3, paraphrase:1",
+        "row 4, case 4, paraphrase:1",
+    ]
+    assert sorted(dropping.left_out) == [f"{path}, {unit}" for unit in units]
+    with pytest.raises(ConfigError, match="has no option 'target'; it has: snippets"):
+        common.draw(replace(context, data_options={"target": "correction"}), 3)
+    with pytest.raises(ConfigError, match="no option 'flagged'; they have: bad"):
+        common.only_bad(replace(context, data_options={"flagged": "drop"}))
+
+
+def test_bad_claims_behind_n_stop_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "fever.jsonl"
+    claims = [{"id": str(i), "input": f"Claim {i}.", "output": [{"answer": "SUPPORTS"}]} for i in range(2)]
+    path.write_text("\n".join(json.dumps(row) for row in [claims[0], {"id": "x"}, claims[1]]))
+    context = Context("tiny", None, None, n=1, data=str(path))
+    assert [r.id for r in _claims._records(context, 9)] == ["0"] and context.left_out == {}
+    with pytest.raises(RecordError, match="row 2, field input"):
+        _claims._records(replace(context, n=2), 9)
+    skipping = replace(context, n=2, data_options={"bad": "skip"})
+    assert [r.id for r in _claims._records(skipping, 9)] == ["0", "1"]
+    assert skipping.left_out == {f"{path}, row 2, field input": "the field is missing"}
+
+
+def test_the_models_own_answer_is_the_old_object_of_request_probes_and_doubts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Facts that are new have no old object in RippleEdits' file."""
+
+    def row(subject: str) -> dict[str, Any]:
+        fact = {"subject_id": "Q1", "relation": "SPOUSE", "target_id": "Q2"}
+        query = {"subject_id": "Q1", "relation": "SPOUSE", "target_ids": ["Q2"], "query_type": "regular"}
+        alias = query | {"prompt": f"The spouse of {subject[0]}. is", "answers": [{"value": "Bo Reed"}]}
+        test = {"test_queries": [alias], "test_condition": "OR", "condition_queries": [alias]}
+        edit = fact | {"prompt": f"The spouse of {subject} is Bo Reed.", "subject_id": subject}
+        axes = (
+            "Relation_Specificity",
+            "Logical_Generalization",
+            "Compositionality_I",
+            "Compositionality_II",
+            "Forgetfulness",
+        )
+        return {"example_type": "recent", "edit": edit, "Subject_Aliasing": [test], **{axis: [] for axis in axes}}
+
+    said = {"The spouse of Ada is": " Cy Voss.", "The spouse of Di is": " bo reed."}
+    monkeypatch.setattr("errata.model.generate.greedy", lambda *rest, **_: [said[prompt] for prompt in rest[2]])
+    path = tmp_path / "recent.json"
+    path.write_text(json.dumps([row("Ada"), row("Di")]))
+    context = Context("tiny", None, None, data=str(path))
+    ada, di = common.draw(context, 2)
+    assert (ada.request.target_true, di.request.target_true) == ("Cy Voss", None)
+    found = [(p.kind, p.condition, p.alternatives) for p in ada.probes]
+    asked = [("edit", False, ("Cy Voss",)), ("subject_aliasing", True, ()), ("subject_aliasing", False, ("Cy Voss",))]
+    assert found == asked
+    [doubted] = get_preset("sake-doubt").cases(context)
+    assert [p.alternatives for p in doubted.probes] == [("Cy Voss",)] * 3
+    assert "I am pretty sure that The spouse of Ada is Cy Voss." in doubted.probes[2].prompt
+    assert list(context.left_out) == [f"case {di.id}"]
 
 
 # -- doubts, reversed relations, forms -------------------------------------------------------------------------------------

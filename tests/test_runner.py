@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from conftest import tiny_model
+from errata.bench import report
 from errata.bench.cases import Case, Probe
 from errata.bench.preset import Context, Method, Preset
 from errata.bench.rows import read_fits, read_rows
@@ -243,6 +244,31 @@ def test_all_edits_at_once_by_a_joint_and_by_a_steering_method(place: Path) -> N
     assert [t[: len(g)] for t, g in zip(texts, own["generated"], strict=True)] == [
         g[: len(t)] for t, g in zip(texts, own["generated"], strict=True)
     ]
+
+
+def test_of_two_edits_that_contradict_each_other_the_later_is_left_out_where_they_meet(place: Path) -> None:
+    def clashing(context: Context) -> list[Case]:
+        first, second, *_ = cases(context)
+        other = first.request.model_copy(update={"target_new": "Rome"})
+        same = replace(first, id="again")
+        return [first, replace(first, id="later", request=other), second, same]
+
+    model, tokenizer = load(place / "model")
+    one = replace(preset(MEMIT, ROME_ALONE), cases=clashing)
+    for methods, names in (
+        ((MEMIT, ROME_ALONE), ["Needle", "Tower", "again"]),
+        ((ROME_ALONE,), ["Needle", "Tower", "again", "later"]),
+    ):
+        plan = Plan(one, str(place / "model"), methods)
+        done = run(plan, place / f"run-{len(methods)}", model, tokenizer, cache=place / "cache")
+        fits = read_fits(done.path)
+        assert not any(fits["error"].fillna("")) and sorted(set(fits["case"])) == names
+        kept = json.loads((done.path / "summary.json").read_text())
+        assert [m["failed"] for m in kept["methods"].values()] == [{}] * len(methods)
+        why = "it edits ('The Needle', 'Go and see {}'), as case Needle does, to another object"
+        assert kept["left_out"] == ({"case later": why} if len(methods) == 2 else {})
+        shown = dict(report._left_out(done.path))
+        assert shown == ({"left out of the data": f"1 (case later: {why})"} if len(methods) == 2 else {})
 
 
 def test_a_sequence_fits_each_edit_on_the_model_that_the_earlier_left(place: Path) -> None:

@@ -53,6 +53,11 @@ CLAIMS: Mapping[str, tuple[str, ...]] = {
     ),
     "probe": ("They stand by their claim that {p}", "Claim number one: {p}", "It was found to be correct that {p}"),
 }
+EDITED = (
+    "edit",
+    "paraphrase",
+    "subject_aliasing",
+)  # kinds of probes that ask for the new object in place of the old one
 ANSWER_ROOM = 16  # tokens left for the answer and what closes it
 SHORTEST = 10  # tokens for which another sentence is looked for
 FORM_PROBES = 4  # of each form
@@ -79,6 +84,27 @@ def object_probe(kind: Any, prompt: str, request: EditRequest, **tags: str) -> P
     """A probe that expects the new object, against the old one."""
     old = (request.target_true,) if request.target_true else ()
     return Probe(kind, prompt, (request.target_new,), old, tags=tags)
+
+
+def with_old_objects(model: Any, tokenizer: Any, cases: Sequence[Case]) -> list[Case]:
+    """The cases with the model's own answer as old object where a request names none, for the request and for the probes that ask
+    for the new object. A case to which the model says nothing, or the new object already, stays as it is.
+    """
+    from errata.model.generate import greedy_answers
+
+    lacking = [case for case in cases if case.request.target_true is None]
+    said = iter(greedy_answers(model, tokenizer, [case.request.text for case in lacking]) if lacking else ())
+    return [case if case.request.target_true is not None else _against(case, next(said)) for case in cases]
+
+
+def _against(case: Case, old: str) -> Case:
+    if not old or old.casefold() == case.request.target_new.casefold():
+        return case
+    probes = tuple(
+        replace(p, alternatives=(old,)) if p.kind in EDITED and not p.condition and not p.alternatives else p
+        for p in case.probes
+    )
+    return replace(case, request=case.request.model_copy(update={"target_true": old}), probes=probes)
 
 
 # -- doubts ----------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,11 @@ class Method:
 
 @dataclass(frozen=True)
 class Context:
-    """What a preset may look at when it draws its cases. n: how many, None for the preset's own number."""
+    """What a preset may look at when it draws its cases. n: how many, None for the preset's own number.
+
+    data_options: of the data set and of its loading, NAME: VALUE (`errata.bench.data.load_cases`). left_out: what the drawing adds to,
+    {where it stands: why it was left out}.
+    """
 
     model_name: str
     model: Any
@@ -50,6 +54,8 @@ class Context:
     seed: int = 0
     split: Literal["dev", "test"] = "test"
     data: str | None = None  # a data set instead of the preset's own
+    data_options: Mapping[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

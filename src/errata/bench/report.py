@@ -72,7 +72,7 @@ def write_report(
         "preset": preset,
         "about": about,
         "spec": about["spec"],
-        "facts": _facts(about, rows),
+        "facts": _facts(about, rows) + _left_out(run),
         "tables": list(preset.tables(rows, run) if tables is None else tables),
         "examples": examples(rows),
         "failures": failures(run),
@@ -224,10 +224,11 @@ def _facts(about: Mapping[str, Any], rows: "DataFrame") -> list[tuple[str, str]]
         machine.get("processor"),
         machine.get("device"),
     ]
+    options = "".join(f", {name}={value}" for name, value in (spec.get("data_options") or {}).items())
     found = {
         "command": about.get("command"),
         "model": f"{spec['model']} ({spec.get('dtype')}, weights {spec.get('weights')})",
-        "data": f"{spec.get('data') or 'the preset’s own'}, split {spec.get('split')}, {spec['n']} cases, seed {spec['seed']}",
+        "data": f"{spec.get('data') or 'the preset’s own'}{options}, split {spec.get('split')}, {spec['n']} cases, seed {spec['seed']}",
         "rows": f"{len(rows):,}",
         "versions": versions,
         "machine": ", ".join(str(w) for w in where if w),
@@ -237,6 +238,14 @@ def _facts(about: Mapping[str, Any], rows: "DataFrame") -> list[tuple[str, str]]
         "resumed": f"{len(about.get('resumed', []))} times" if about.get("resumed") else "",
     }
     return [(name, value) for name, value in found.items() if value]
+
+
+def _left_out(run: Path) -> list[tuple[str, str]]:
+    """What was left out of the data, in words, as a line."""
+    path = run / "summary.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("left_out", {}) if path.is_file() else {}
+    said = "; ".join(f"{where}: {why}" for where, why in list(found.items())[:8])
+    return [("left out of the data", f"{len(found)} ({said}{'; …' if len(found) > 8 else ''})")] if found else []
 
 
 def _template(name: str) -> Any:

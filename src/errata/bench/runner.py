@@ -34,6 +34,7 @@ import transformers
 
 import errata
 from errata.bench.cases import Case
+from errata.bench.data.registry import first_of_each_fact
 from errata.bench.engines import Engine, LocalEngine, WorkerPlan
 from errata.bench.methods import inapplicable, is_atlas, resolved
 from errata.bench.preset import Context, Method, Preset, unfit
@@ -60,6 +61,7 @@ class Plan:
     split: Literal["dev", "test"] = "test"
     dtype: str | None = None
     device_map: str | None = None
+    data_options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ def run(
 
     model, tokenizer: those of the plan's name, already loaded; the workers of other engines load their own. cache: the folder
     of patches (None: the user's, False: none). answers: what the unedited model said in earlier runs of this process with the
-    same model, which this one adds to. Raises ConfigError naming the difference if `out` holds another run, or for
+    same model, which this one adds to. Where edits are to be in the model together, all at once or one after another, the later of
+    two that contradict each other is left out, of every method. Raises ConfigError naming the difference if `out` holds another run, or for
     methods with one label or cases with one id; EditError of what the preset's cases need. A fit that fails is an entry in
     the run's fits, and stops nothing.
     """
@@ -139,8 +142,12 @@ def run(
     plan = replace(plan, methods=tuple(m for m in plan.methods if m.label not in left_out))
     _different("methods", "label", [UNEDITED, *(method.label for method in plan.methods)])
     editors = {method.label: editor_of(method) for method in plan.methods}
-    context = Context(plan.model_name, model, tokenizer, plan.n, plan.seed, plan.split, plan.data)
-    cases = [_with_old_object(model, tokenizer, case) for case in plan.preset.cases(context)]
+    context = Context(plan.model_name, model, tokenizer, plan.n, plan.seed, plan.split, plan.data, plan.data_options)
+    cases = list(plan.preset.cases(context))
+    if any(method.setting in ("all", "sequential") for method in plan.methods):
+        cases, clashes = first_of_each_fact(cases)
+        context.left_out.update(clashes)
+    cases = [_with_old_object(model, tokenizer, case) for case in cases]
     _different("cases", "id", [case.id for case in cases])
     world = list(plan.preset.world(context)) if plan.preset.world is not None else []
     patches = PatchCache(model, tokenizer, cache)
@@ -152,6 +159,7 @@ def run(
         "device_map": plan.device_map,
         "methods": {m.label: {"config": json_config(editors[m.label]), **_method_json(m)} for m in plan.methods},
         "data": plan.data,
+        "data_options": dict(plan.data_options) or None,
         "split": plan.split,
         "asked_n": plan.n,
         "n": len(cases),
@@ -177,7 +185,7 @@ def run(
         local = Worker(model, tokenizer, cases, world, plan.methods, seed=plan.seed, cache=patches, answers=answers)
         with local as worker, _meanwhile(partial(_extra, plan, context, directory), used.elsewhere):
             used.run(work.lacking(), work.given, work.take, workers, worker)
-        directory.finish(summary(directory, plan.methods), _now())
+        directory.finish(summary(directory, plan.methods) | {"left_out": _left_out(context, directory)}, _now())
     patches.trim()
     return directory
 
@@ -254,7 +262,14 @@ def _as_here(method: Method, plan: Plan, model: Any) -> Method:
 def _extra(plan: Plan, context: Context, directory: RunDirectory) -> None:
     if plan.preset.extra is not None and not (directory.path / "extra.json").exists():
         plan.preset.extra(context, directory.path)
-        directory.write_json("extra.json", {"made": _now()})
+        directory.write_json("extra.json", {"made": _now(), "left_out": context.left_out})
+
+
+def _left_out(context: Context, directory: RunDirectory) -> dict[str, str]:
+    """What was left out of the data, by what was drawn now and by what was made besides, perhaps before the run was stopped."""
+    path = directory.path / "extra.json"
+    before: dict[str, str] = json.loads(path.read_text(encoding="utf-8")).get("left_out", {}) if path.exists() else {}
+    return before | context.left_out
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from errata.cli.common import (
     Model,
     Seed,
     Threads,
+    data_options,
     emit,
     err,
     load,
@@ -136,6 +137,15 @@ def run(
     n: Annotated[int | None, typer.Option("--n", min=1, help="Cases (default: the preset's own number).")] = None,
     seed: Seed = 0,
     data: Annotated[str | None, typer.Option("--data", help="A data set instead of the preset's own.")] = None,
+    data_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data-option",
+            metavar="NAME=VALUE",
+            help="flagged=drop: without the tests that `errata data check` finds fault with; bad=skip: without bad rows; or an "
+            "option of the data set (`errata data list`). Repeatable.",
+        ),
+    ] = None,
     split: Annotated[Split, typer.Option("--split", help="Which of Atlas's facts are edited.")] = Split.test,
     engine: EngineOption = Engine.local,
     address: Address = None,
@@ -147,9 +157,11 @@ def run(
     json_output: Json = False,
 ) -> None:
     """Run a preset, or all of them, on a model; an interrupted run with the same command goes on."""
+    from errata.bench.data.registry import CHOICES
     from errata.bench.preset import available_presets, get_preset, pick_methods, unfit
     from errata.bench.runner import Plan
 
+    options = data_options(data_option, "--data-option", *CHOICES)
     every = preset == EVERY
     presets = [get_preset(name) for name in (available_presets() if every else [preset])]
     names = [name.strip() for name in methods.split(",") if name.strip()] if methods else []
@@ -165,7 +177,7 @@ def run(
             if every and (why := unfit(one, loaded)) is not None:
                 notice(f"left out: {why}")
                 continue
-            plan = Plan(one, model, own, n, seed, data, split.value, dtype, device_map)
+            plan = Plan(one, model, own, n, seed, data, split.value, dtype, device_map, options)
             where = out_path / one.name if every else out_path
             try:
                 found.append(_run(plan, where, loaded, tokenizer, chosen, command, report, json_output, answers))
@@ -199,7 +211,7 @@ def resume(
     spec = kept["spec"]
     plan = Plan(
         get_preset(spec["preset"]), spec["model"], methods_of(spec), spec["asked_n"], spec["seed"], spec["data"],
-        spec["split"], spec["dtype"], spec["device_map"],
+        spec["split"], spec["dtype"], spec["device_map"], spec.get("data_options") or {},
     )  # fmt: skip
     _check_engine(engine, address, workers, threads)
     loaded, tokenizer = load(plan.model_name, plan.dtype, plan.device_map, threads or kept["threads"])
@@ -335,9 +347,11 @@ def _threads(n: int | None) -> Iterator[None]:
 def _summary(path: Path, seconds: float) -> dict[str, Any]:
     import json
 
-    methods = json.loads((path / "summary.json").read_text(encoding="utf-8"))["methods"]
+    kept = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    methods = kept["methods"]
     failed = {label: m["failed"] for label, m in methods.items() if m["failed"]}
-    return {"run": str(path), "seconds": round(seconds, 1), "methods": methods, "failed": failed}
+    about = {"methods": methods, "failed": failed, "left_out": kept["left_out"]}
+    return {"run": str(path), "seconds": round(seconds, 1), **about}
 
 
 def _print(value: dict[str, Any], tables: Any) -> None:
@@ -347,6 +361,9 @@ def _print(value: dict[str, Any], tables: Any) -> None:
         first, why = next(iter(cases.items()))
         names = ", ".join(list(cases)[:5]) + (", ..." if len(cases) > 5 else "")
         notice(f"{label}: {len(cases)} fits failed (cases {names}); the first, {first}: {why}")
+    if left_out := value["left_out"]:
+        names = "; ".join(f"{where}: {why}" for where, why in list(left_out.items())[:5])
+        notice(f"{len(left_out)} left out of the data; {names}" + ("; ..." if len(left_out) > 5 else ""))
     out().print(f"{value['run']}: {value['seconds']:.0f} s", markup=False, soft_wrap=True)
 
 

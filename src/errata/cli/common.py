@@ -216,6 +216,22 @@ def notice_conflicts(requests: Iterable[EditRequest]) -> list[list[str]]:
     return [[later.id, earlier.id] for earlier, later in pairs]
 
 
+def data_options(settings: Iterable[str] | None, flag: str, *besides: str) -> dict[str, str]:
+    """NAME=VALUE settings of data sets. besides: names that go with every one. Raises ConfigError for what none has."""
+    from errata.bench.data.registry import DATASETS
+
+    known = list(dict.fromkeys([*besides, *(name for dataset in DATASETS.values() for name in dataset.options)]))
+    found = {}
+    for setting in settings or ():
+        name, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals:
+            raise ConfigError(f"expected {flag} NAME=VALUE, found {setting!r}")
+        if name not in known:
+            raise ConfigError(f"no data set has an option {name!r}; there are {', '.join(known)}")
+        found[name] = value
+    return found
+
+
 def one_of(given: dict[str, Any]) -> None:
     """Raises ConfigError unless exactly one of these options is given."""
     found: Sequence[str] = [name for name, value in given.items() if value is not None]

@@ -13,6 +13,7 @@ from errata.cli.common import (
     Json,
     Seed,
     Threads,
+    data_options,
     emit,
     err,
     load,
@@ -20,7 +21,6 @@ from errata.cli.common import (
     row,
     table,
 )
-from errata.errors import ConfigError
 
 SHOWN = 20
 
@@ -29,7 +29,7 @@ app = typer.Typer(help="Data sets: list them, check them.", no_args_is_help=True
 
 @app.command("list")
 def list_sets(json_output: Json = False) -> None:
-    """What each data set is, where it comes from, how many records it has, and whether its file is here.
+    """What each data set is, where it comes from, its options, how many records it has, and whether its file is here.
 
     Without a path, files are looked for in the data folder and in the hub's cache.
     """
@@ -39,10 +39,11 @@ def list_sets(json_output: Json = False) -> None:
     if json_output:
         emit({"folder": data_folder(), "datasets": sets})
         return
-    made = table(None, "name", "what it is", "source", "records", "here", right=("records",))
+    made = table(None, "name", "what it is", "its file", "options", "records", "here", right=("records",))
     for one in sets:
-        size = "any" if one["made"] else f"{one['records']:,}"
-        row(made, one["name"], one["about"], one["source"], size, _here(one))
+        size = "any" if one["made"] else f"{one['records']:,}" if one["records"] else ""
+        options = "; ".join(f"{name}={'|'.join(values) or 'PATH'}" for name, values in one["options"].items())
+        row(made, one["name"], f"{one['about']} ({one['source']})", _from(one), options, size, _here(one))
     out().print(made)
     out().print(f"Files are looked for in {data_folder()}; `path` gives another place.", markup=False, soft_wrap=True)
 
@@ -70,7 +71,8 @@ def check(
 
     loaded = load(model, dtype, device_map, threads) if model else None
     with err().status(f"checking {name}"):
-        problems = problems_of(name, n=n, seed=seed, split=split, path=path, model_data=loaded, **_options(settings))
+        options = data_options(settings, "--set")
+        problems = problems_of(name, n=n, seed=seed, split=split, path=path, model_data=loaded, **options)
     counts = Counter(problem.kind for problem in problems)
     if json_output:
         emit({"name": name, "counts": counts, "problems": [vars(problem) for problem in problems]})
@@ -103,8 +105,15 @@ def _described(dataset: Any) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in here),
         "hub": dataset.hub.repository if dataset.hub else None,
         "where": dataset.where,
+        "names": [] if made else [dataset.file] if isinstance(dataset.file, str) else list(dataset.file.values()),
         "options": dataset.options,
     }
+
+
+def _from(one: dict[str, Any]) -> str:
+    """The file's name and where it is to be had."""
+    places = [f"the hub ({one['hub']})"] if one["hub"] else []
+    return f"{', '.join(one['names'])}: {'; '.join([*places, one['where']])}" if one["names"] else ""
 
 
 def _here(one: dict[str, Any]) -> str:
@@ -113,13 +122,3 @@ def _here(one: dict[str, Any]) -> str:
     if one["files"]:
         return f"{'yes' if one['here'] else 'in part'}, {one['bytes'] / 1e6:.1f} MB"
     return "no; fetched from the hub" if one["hub"] else "no; give a path"
-
-
-def _options(settings: list[str] | None) -> dict[str, str]:
-    found = {}
-    for setting in settings or ():
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"expected --set NAME=VALUE, found {setting!r}")
-        found[name] = value
-    return found

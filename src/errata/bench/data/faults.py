@@ -5,7 +5,7 @@ SAKE (Scialanga et al. 2025) found such tests in RippleEdits Popular. A unit is 
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,28 +23,38 @@ def unit_of(probe: Probe, index: int) -> str:
     return probe.test or f"{probe.kind}:{index}"
 
 
-def check_cases(cases: Sequence[Case], path: str = "", model_data: tuple[Any, Any] | None = None) -> list[Problem]:
-    """Problems of well-formed cases, case by case; `model_data` (model, tokenizer, unedited) is asked the conditions."""
+def check_cases(
+    cases: Sequence[Case],
+    path: str = "",
+    model_data: tuple[Any, Any] | None = None,
+    rows: Mapping[str, int] | None = None,
+) -> list[Problem]:
+    """Problems of well-formed cases, case by case; `model_data` (model, tokenizer, unedited) is asked the conditions.
+
+    rows: of the file at `path`, by case.
+    """
     found = [*_unasked(cases, path), *_in_prompt(cases, path), *_contradictions(cases, path), *_conflicts(cases, path)]
     if model_data:
         found += _failing(cases, path, *model_data)
     order = {case.id: i for i, case in enumerate(cases)}
-    return sorted(found, key=lambda problem: order[problem.case])
+    placed = (replace(problem, row=(rows or {}).get(problem.case, 0)) for problem in found)
+    return sorted(placed, key=lambda problem: order[problem.case])
 
 
-def check_facts(facts: Sequence[KnownFact], path: str = "") -> list[Problem]:
-    """Facts to trace whose answer stands in the prompt, or of which another with the same prompt says otherwise."""
+def check_facts(facts: Sequence[tuple[int, KnownFact]], path: str = "") -> list[Problem]:
+    """Facts to trace, with their rows, whose answer stands in the prompt, or of which an earlier one with the same prompt says
+    otherwise. A fact is known by its subject.
+    """
     found, said = [], dict[str, str]()
-    for fact in facts:
+    for row, fact in facts:
         answer = fact.attribute or ""
         if _stands_in(answer, fact.prompt):
-            found.append(
-                Problem(path, 0, "", f"the answer {answer!r} stands in the prompt {fact.prompt!r}", "in prompt")
-            )
+            message = f"the answer {answer!r} stands in the prompt {fact.prompt!r}"
+            found.append(Problem(path, row, "", message, "in prompt", fact.subject))
         other = said.setdefault(_words(fact.prompt), answer)
         if _words(other) != _words(answer):
             message = f"{fact.prompt!r} has two answers, {other!r} and {answer!r}"
-            found.append(Problem(path, 0, "", message, "contradiction"))
+            found.append(Problem(path, row, "", message, "contradiction", fact.subject))
     return found
 
 
@@ -142,28 +152,41 @@ def _conflicts(cases: Sequence[Case], path: str) -> list[Problem]:
 
 def _failing(cases: Sequence[Case], path: str, model: Any, tokenizer: Any) -> list[Problem]:
     """Units with a condition that the model does not meet: no whole answer under any name, by greedy decoding."""
+    from errata.bench.makers import with_old_objects
     from errata.model.generate import greedy, says
     from errata.model.tokens import token_ids
 
-    asked = [
-        (case.id, unit_of(probe, i), probe)
-        for case in cases
-        for i, probe in enumerate(case.probes)
-        if probe.condition and probe.expected
-    ]
+    asked = [asked for case in with_old_objects(model, tokenizer, cases) for asked in _conditions(case)]
     if not asked:
         return []
-    prompts = list(dict.fromkeys(probe.prompt for _, _, probe in asked))
-    names = [f" {name}" for _, _, probe in asked for name in probe.expected]
+    prompts = list(dict.fromkeys(prompt for _, _, prompt, _ in asked))
+    names = [f" {name}" for *_, expected in asked for name in expected]
     length = max(len(row) for row in token_ids(tokenizer, names, special=False)) + 2
     texts = dict(zip(prompts, greedy(model, tokenizer, prompts, max_new_tokens=length), strict=True))
     found: dict[tuple[str, str], Problem] = {}
-    for case, unit, probe in asked:
-        text = texts[probe.prompt]
-        if not any(says(text, name) for name in probe.expected):
-            message = f"the unedited model answers {probe.prompt!r} with {text.strip()!r}, not {probe.expected[0]!r}"
+    for case, unit, prompt, expected in asked:
+        text = texts[prompt]
+        if not any(says(text, name) for name in expected):
+            message = f"the unedited model answers {prompt!r} with {text.strip()!r}, not {expected[0]!r}"
             found.setdefault((case, unit), Problem(path, 0, "", message, "condition", case, unit))
     return list(found.values())
+
+
+def _conditions(case: Case) -> list[tuple[str, str, str, tuple[str, ...]]]:
+    """(case, unit, prompt, names of what the unedited model must say) of what a case's tests rest on.
+
+    As tables have it (`queries.Metric`): the published condition of subject aliasing asks the test's own question, whose answer
+    is new; there the old object, the first alternative, must be known by that name instead.
+    """
+    probes = [(unit_of(probe, i), probe) for i, probe in enumerate(case.probes)]
+    before = [(u, p) for u, p in probes if p.kind == "subject_aliasing" and not p.condition and p.alternatives]
+    own = {(unit, probe.prompt) for unit, probe in before}
+    asked = [
+        (case.id, unit, probe.prompt, probe.expected)
+        for unit, probe in probes
+        if probe.condition and probe.expected and not (probe.kind == "subject_aliasing" and (unit, probe.prompt) in own)
+    ]
+    return asked + [(case.id, unit, probe.prompt, probe.alternatives[:1]) for unit, probe in before]
 
 
 def _stands_in(name: str, prompt: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from errata.bench.cases import Case, Probe
-from errata.bench.data.records import FieldError, Numbered, Problem, Row, form_of, read_records
+from errata.bench.data.records import FieldError, NoEditError, Numbered, Problem, Row, form_of, read_records
 from errata.edit import EditRequest
 
 FEVER_LABELS = ("REFUTES", "SUPPORTS")
@@ -100,7 +100,7 @@ def read_kilt(path: str | Path, problems: list[Problem]) -> Numbered[KiltRecord]
 def question_case(record: KiltRecord, target: Target = "counterfactual", seed: int = 0) -> Case:
     """A question as a case: a counterfactual edit to an alternative, or a correction to the right answer.
 
-    Raises FieldError for a counterfactual edit without another answer.
+    Raises NoEditError for a counterfactual edit without another answer.
     """
     others = [a for a in record.alternatives if a and a.casefold() not in {x.casefold() for x in record.answers}]
     drawn = random.Random(f"{seed}|{record.id}|{record.input}").choice(others) if others else ""
@@ -118,12 +118,12 @@ def question_case(record: KiltRecord, target: Target = "counterfactual", seed: i
 def targets_of(
     answers: tuple[str, ...], alternative: str, prediction: str, target: Target, field: str
 ) -> tuple[tuple[str, ...], str | None]:
-    """(names of the new object, the old one if it is known). Raises FieldError if there is no other answer to write."""
+    """(names of the new object, the old one if it is known). Raises NoEditError if there is no other answer to write."""
     if target == "correction":
         known = prediction if prediction.casefold() not in {a.casefold() for a in answers} else ""
         return answers, known.strip() or None
     if not alternative.strip():
-        raise FieldError(field, "there is no other answer to write; ask for target=correction, or leave the row out")
+        raise NoEditError(field, "there is no other answer to write; target=correction would write the right one")
     return (alternative,), answers[0]
 
 

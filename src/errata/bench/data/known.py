@@ -21,12 +21,12 @@ class KnownRow(Row):
     prompt: str = Field(min_length=1)
 
 
-def known_facts(path: str | Path, problems: list[Problem]) -> list[KnownFact]:
-    """The facts of a file; rows that are none, a prompt without its subject among them, go to `problems`."""
+def known_facts(path: str | Path, problems: list[Problem]) -> list[tuple[int, KnownFact]]:
+    """The facts of a file with their rows; rows that are none, a prompt without its subject among them, go to `problems`."""
     facts = []
     for row, record in read_records(path, KnownRow, problems):
         try:
-            facts.append(KnownFact(record.prompt, record.subject, record.attribute))
+            facts.append((row, KnownFact(record.prompt, record.subject, record.attribute)))
         except (RequestError, SubjectNotFoundError) as error:
             problems.append(Problem(str(path), row, "prompt", str(error)))
     return facts

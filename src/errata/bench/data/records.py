@@ -8,15 +8,15 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, ValidationError, model_validator
 
 from errata.bench.cases import Case
 from errata.errors import RecordError, RequestError
 from errata.files import write_atomically
 
-ProblemKind = Literal["row", "conflict", "contradiction", "in prompt", "unasked", "condition"]
+ProblemKind = Literal["row", "no edit", "conflict", "contradiction", "in prompt", "unasked", "condition"]
 
 
 class Row(BaseModel):
@@ -38,11 +38,20 @@ class Row(BaseModel):
         return data
 
 
+def _no_blank(name: str) -> str:
+    if not name.strip():
+        raise ValueError(f"expected a name, found {name!r}, with which every text begins; take it out")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_no_blank)]
+
+
 class Answer(Row):
     """An answer and the other names that count as it."""
 
-    value: str
-    aliases: tuple[str, ...] = ()
+    value: Name
+    aliases: tuple[Name, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,7 +73,9 @@ class Problem:
     case: str = ""
     unit: str = ""
 
-    def __str__(self) -> str:
+    @property
+    def where(self) -> str:
+        """File, row, field, case and unit, as far as they are meant."""
         parts = (
             self.path,
             f"row {self.row}" if self.row else "",
@@ -72,7 +83,10 @@ class Problem:
             f"case {self.case}" if self.case else "",
             self.unit,
         )
-        return f"{', '.join(part for part in parts if part)}: {self.message}"
+        return ", ".join(part for part in parts if part)
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
 
 
 class FieldError(RecordError):
@@ -81,6 +95,10 @@ class FieldError(RecordError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
         self.field = field
+
+
+class NoEditError(FieldError):
+    """A record that fits its schema and has nothing to write, as published files have some: it is left out, and counted."""
 
 
 Record = TypeVar("Record", bound=Row)
@@ -115,22 +133,23 @@ def write_records(path: str | Path, records: Iterable[Row]) -> None:
 
 def made(
     path: str | Path, rows: Numbered[Record], case: Callable[[Record], Case], problems: list[Problem]
-) -> list[Case]:
-    """A case of each record. Records whose edit cannot be meant go to `problems`.
+) -> list[tuple[int, Case]]:
+    """A numbered case of each record. Records whose edit cannot be meant go to `problems`, those without one as "no edit".
 
     A record without an id of its own (an empty one) gets its row's number; a second case of one id has it with its row
     behind, as in "z1#2".
     """
-    cases: list[Case] = []
+    cases: list[tuple[int, Case]] = []
     seen: set[str] = set()
     for row, record in rows:
         try:
             made = case(record)
         except (FieldError, RequestError) as error:
-            problems.append(Problem(str(path), row, getattr(error, "field", ""), str(error)))
+            sort: ProblemKind = "no edit" if isinstance(error, NoEditError) else "row"
+            problems.append(Problem(str(path), row, getattr(error, "field", ""), str(error), sort))
             continue
         name = made.id or str(row)
-        cases.append(replace(made, id=f"{name}#{row}" if name in seen else name))
+        cases.append((row, replace(made, id=f"{name}#{row}" if name in seen else name)))
         seen.add(name)
     return cases
 

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from errata.bench.cases import Case
 from errata.bench.data import faults
@@ -20,7 +20,7 @@ from errata.bench.data.counterfact import counterfact_case, read_counterfact, re
 from errata.bench.data.kilt import FEVER_LABELS, claim_case, read_kilt
 from errata.bench.data.knowedit import knowedit_case, read_knowedit
 from errata.bench.data.known import known_facts
-from errata.bench.data.records import Numbered, Problem, made, read_records, read_rows, settle
+from errata.bench.data.records import Numbered, Problem, Record, made, read_records, read_rows, settle
 from errata.bench.data.ripple import RippleRecord, ripple_case
 from errata.bench.data.scotus import read_scotus, scotus_case
 from errata.bench.data.snippets import load_snippets, references
@@ -31,8 +31,23 @@ from errata.files import write_atomically
 from errata.locate.facts import KnownFact
 from errata.model.statistics_files import cache_directory
 
+_T = TypeVar("_T")
 Flagged = Literal["keep", "drop"]
-Layout = Literal["counterfact", "multi-counterfact", "ripple", "zsre", "fever", "scotus", "knowedit", "known", "atlas"]
+Bad = Literal["refuse", "skip"]
+CHOICES: Mapping[str, tuple[str, ...]] = {"flagged": ("keep", "drop"), "bad": ("refuse", "skip")}  # for any data set
+Layout = Literal[
+    "counterfact",
+    "multi-counterfact",
+    "ripple",
+    "zsre",
+    "fever",
+    "scotus",
+    "knowedit",
+    "known",
+    "texts",
+    "weights",
+    "atlas",
+]
 
 _READERS: dict[Layout, Callable[[Path, list[Problem]], Numbered[Any]]] = {
     "counterfact": read_counterfact,
@@ -153,6 +168,22 @@ _ALL = (
         "the splits of GRACE's SCOTUS data (Thartvigsen/GRACE), each written as JSONL with text and label",
         931,
     ),
+    Dataset(
+        "attribute-snippets",
+        "texts about what has an object: the references of consistency, for `snippets`",
+        "Meng et al. 2022",
+        "texts",
+        "attribute_snippets.json",
+        _ROME,
+    ),
+    Dataset(
+        "tf-idf",
+        "the published weights of words for consistency (ours are fitted on the texts)",
+        "Meng et al. 2022",
+        "weights",
+        {"idf": "idf.npy", "vocabulary": "tfidf_vocab.json"},
+        _ROME,
+    ),
     Dataset("known-1000", "facts to trace, no edits", "Meng et al. 2022", "known", "known_1000.json", _ROME, 1209),
     _knowedit(
         "recent",
@@ -203,6 +234,11 @@ _ALL = (
     Dataset("atlas-known", "facts of Atlas to trace, no edits", "made from Atlas", "atlas"),
 )
 DATASETS: Mapping[str, Dataset] = {dataset.name: dataset for dataset in _ALL}
+CASELESS: Mapping[Layout, str] = {
+    "known": "facts to trace and no edits; load_facts reads it, and `errata trace --facts`",
+    "texts": "reference texts and no edits; give its file as the option `snippets` of counterfact",
+    "weights": "weights of words and no edits; `errata.bench.data.snippets.published_tfidf` reads them",
+}
 TRACED = frozenset({"known-1000", "atlas-known"})
 
 
@@ -214,9 +250,10 @@ def load_cases(
     split: str = "test",
     path: str | Path | None = None,
     flagged: Flagged = "keep",
-    bad: Literal["refuse", "skip"] = "refuse",
+    bad: Bad = "refuse",
     together: bool = False,
     model_data: tuple[Any, Any] | None = None,
+    left_out: list[Problem] | None = None,
     **options: str,
 ) -> list[Case]:
     """The cases of a data set, or of a file in one of its layouts (name: its path).
@@ -225,33 +262,59 @@ def load_cases(
     drawn. split: Atlas's facts, or a file of KnowEdit; the other sets have one. path: the file, or a folder that holds it under
     its published name. flagged: with "drop", tests that `check` finds fault with are left out, and cases whose edit it does;
     `model_data` (model, tokenizer, unedited) adds those whose conditions fail on it. bad: with "skip", rows that do not
-    fit are left out with a warning that counts them. together: the edits will be in the model at once, so none may be about
-    the fact of another. options: as `DATASETS[name].options` says.
+    fit are left out. Rows that fit and have nothing to write (zsRE's without `alt`) always are; rows behind those that `n` takes
+    are nobody's concern. What is left out is counted in a warning, or added to `left_out`. together: the edits will be in the
+    model at once, so none may be about the fact of another. options: as `DATASETS[name].options` says.
 
     Raises RecordError for bad rows, and for edits that conflict if they are to be together; ConfigError for names, options
     and files that there are not.
     """
+    _check_options("any data set", CHOICES, {"flagged": flagged, "bad": bad})
     problems: list[Problem] = []
-    dataset, file, cases = _cases(name, n, seed, split, path, options, problems)
-    if problems and bad == "skip":
-        warnings.warn(f"{len(problems)} bad rows of {dataset.name} left out; the first: {problems[0]}", stacklevel=2)
-    else:
-        settle(problems, None)
+    dataset, file, cases, rows = _cases(name, n, seed, split, path, options, problems)
+    _pass_over(problems, bad, dataset.name, left_out)
     if together:
         one_edit_per_fact(cases)
     if flagged == "drop":
-        cases = faults.without(cases, faults.check_cases(cases, str(file or dataset.name), model_data))
+        found = faults.check_cases(cases, str(file or dataset.name), model_data, rows)
+        cases = faults.without(cases, found)
+        if left_out is not None:
+            left_out += [problem for problem in found if problem.unit]
     return cases
 
 
 def load_facts(
-    name: str, *, n: int | None = None, seed: int = 0, split: str = "test", path: str | Path | None = None
+    name: str,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    split: str = "test",
+    path: str | Path | None = None,
+    bad: Bad = "refuse",
+    left_out: list[Problem] | None = None,
 ) -> list[KnownFact]:
     """The facts of a set for tracing (or of a file in known_1000's layout). Arguments and errors as in `load_cases`."""
+    _check_options("any data set", CHOICES, {"bad": bad})
     problems: list[Problem] = []
     found = _facts(name, n, seed, split, path, problems)
-    settle(problems, None)
-    return found
+    _pass_over(problems, bad, name, left_out)
+    return [fact for _, fact in found]
+
+
+def first_records(
+    path: str | Path,
+    kind: type[Record],
+    n: int | None,
+    *,
+    bad: Bad = "refuse",
+    left_out: list[Problem] | None = None,
+) -> list[Record]:
+    """The first n records of a file, for what is no case yet. Arguments and errors as in `load_cases`."""
+    _check_options("any data set", CHOICES, {"bad": bad})
+    problems: list[Problem] = []
+    found = _first(n, read_records(path, kind, problems), problems)
+    _pass_over(problems, bad, str(path), left_out)
+    return [record for _, record in found]
 
 
 def check(
@@ -271,8 +334,11 @@ def check(
     if name in TRACED or (name not in DATASETS and layout_of(Path(name)) == "known"):
         facts = _facts(name, n, seed, split, path, problems)
         return problems + faults.check_facts(facts, str(path or name))
-    dataset, file, cases = _cases(name, n, seed, split, path, options, problems)
-    return problems + faults.check_cases(cases, str(file or dataset.name), model_data)
+    if name in DATASETS and DATASETS[name].layout == "texts":
+        load_snippets(fetch(DATASETS[name], split, path), problems)
+        return problems
+    dataset, file, cases, rows = _cases(name, n, seed, split, path, options, problems)
+    return problems + faults.check_cases(cases, str(file or dataset.name), model_data, rows)
 
 
 def one_edit_per_fact(cases: Sequence[Case]) -> None:
@@ -288,6 +354,24 @@ def one_edit_per_fact(cases: Sequence[Case]) -> None:
             f"expected at most one edit of a fact among edits that are active together, found cases {shown}{more}; "
             "take multi-counterfact for CounterFact, or leave the later ones out."
         )
+
+
+def first_of_each_fact(cases: Sequence[Case]) -> tuple[list[Case], dict[str, str]]:
+    """The cases without those that write another object over the fact of an earlier one, and {"case ID": why it is left out}.
+
+    In one model at once the two contradict each other. A second case of the same edit stays.
+    """
+    first: dict[str, Case] = {}
+    kept: list[Case] = []
+    left_out = {}
+    for case in cases:
+        request, before = case.request, first.setdefault(case.request.key, case)
+        if before.request.target_new.casefold() == request.target_new.casefold():
+            kept.append(case)
+        else:
+            about = f"({request.subject!r}, {request.relation or request.prompt!r})"
+            left_out[f"case {case.id}"] = f"it edits {about}, as case {before.id} does, to another object"
+    return kept, left_out
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------
@@ -395,23 +479,41 @@ def _cases(
     path: str | Path | None,
     options: Mapping[str, str],
     problems: list[Problem],
-) -> tuple[Dataset, Path | None, list[Case]]:
-    """The data set, its file if it has one, and its cases; what does not fit goes to `problems`."""
+) -> tuple[Dataset, Path | None, list[Case], dict[str, int]]:
+    """The data set, its file if it has one, its cases and their rows in it; what does not fit goes to `problems`."""
     dataset = DATASETS.get(name)
     if dataset is None:
         layout = layout_of(Path(name))
         dataset = next(d for d in _ALL if d.layout == layout)
         dataset, path = Dataset(Path(name).name, "", "a file", layout, options=dataset.options), path or name
-    if dataset.name in TRACED or dataset.layout == "known":
-        raise ConfigError(f"{name} holds facts to trace and no edits; load_facts reads it, and `errata trace --facts`.")
-    _check_options(dataset, options)
+    if dataset.name in TRACED or dataset.layout in CASELESS:
+        raise ConfigError(f"{name} holds {CASELESS.get(dataset.layout, CASELESS['known'])}.")
+    _check_options(dataset.name, dataset.options, options)
     if dataset.layout == "atlas":
         # Atlas's own module: the one place where benchmarks reach it, and only when it is asked for.
         made_here: list[Case] = import_module("errata.atlas.cases").cases(name, n=n, seed=seed, split=split, **options)
-        return dataset, None, made_here
+        return dataset, None, made_here, {}
     file = Path(path) if name not in DATASETS and path else fetch(dataset, split, path)
     rows = _READERS[dataset.layout](file, problems)
-    return dataset, file, made(file, rows, _maker(dataset, seed, options), problems)[:n]
+    found = _first(n, made(file, rows, _maker(dataset, seed, options), problems), problems)
+    return dataset, file, [case for _, case in found], {case.id: row for row, case in found}
+
+
+def _first(n: int | None, found: list[tuple[int, _T]], problems: list[Problem]) -> list[tuple[int, _T]]:
+    """The first n; problems of rows behind them go."""
+    if n is not None and 0 < n <= len(found):
+        problems[:] = [problem for problem in problems if problem.row <= found[n - 1][0]]
+    return found[:n]
+
+
+def _pass_over(problems: list[Problem], bad: Bad, name: str, left_out: list[Problem] | None) -> None:
+    """Tell which rows are left out. Raises RecordError if bad ones may not be."""
+    if bad == "refuse":
+        settle([problem for problem in problems if problem.kind == "row"], None)
+    if left_out is not None:
+        left_out += problems
+    elif problems:
+        warnings.warn(f"{len(problems)} rows of {name} left out; the first: {problems[0]}", stacklevel=3)
 
 
 def _maker(dataset: Dataset, seed: int, options: Mapping[str, Any]) -> Callable[[Any], Case]:
@@ -431,20 +533,20 @@ def _maker(dataset: Dataset, seed: int, options: Mapping[str, Any]) -> Callable[
 
 def _facts(
     name: str, n: int | None, seed: int, split: str, path: str | Path | None, problems: list[Problem]
-) -> list[KnownFact]:
+) -> list[tuple[int, KnownFact]]:
+    """The facts with their rows, 0 where they are made here."""
     if name == "atlas-known":
-        found: list[KnownFact] = import_module("errata.atlas.cases").known_facts(n=n, seed=seed, split=split)
-        return found
+        return [(0, fact) for fact in import_module("errata.atlas.cases").known_facts(n=n, seed=seed, split=split)]
     if name in DATASETS and name not in TRACED:
         raise ConfigError(f"{name} holds edits; load_cases reads it.")
-    return known_facts(fetch(DATASETS[name], split, path) if name in DATASETS else Path(name), problems)[:n]
+    file = fetch(DATASETS[name], split, path) if name in DATASETS else Path(name)
+    return _first(n, known_facts(file, problems), problems)
 
 
-def _check_options(dataset: Dataset, options: Mapping[str, str]) -> None:
+def _check_options(name: str, there: Mapping[str, tuple[str, ...]], options: Mapping[str, str]) -> None:
     for option, value in options.items():
-        if option not in dataset.options:
-            there = ", ".join(dataset.options) or "none"
-            raise ConfigError(f"{dataset.name} has no option {option!r}; it has: {there}.")
-        values = dataset.options[option]
+        if option not in there:
+            raise ConfigError(f"{name} has no option {option!r}; it has: {', '.join(there) or 'none'}.")
+        values = there[option]
         if values and value not in values:
-            raise ConfigError(f"expected {option} of {dataset.name} to be {' or '.join(values)}, found {value!r}.")
+            raise ConfigError(f"expected {option} of {name} to be {' or '.join(values)}, found {value!r}.")

@@ -45,7 +45,7 @@ def zsre_case(record: Any, target: Target = "counterfactual", seed: int = 0) -> 
     """A case of a row of either layout.
 
     The evaluation array's `{}` stands where the subject does first. Of several `alternatives` one is drawn by seed and id.
-    Raises FieldError for an array's question without its subject, and for a counterfactual edit without another answer.
+    Raises FieldError for an array's question without its subject, NoEditError for a counterfactual edit without another answer.
     """
     return question_case(record, target, seed) if isinstance(record, KiltRecord) else _array(record, target)
 

@@ -53,14 +53,17 @@ def cases(context: Context, n: int) -> Sequence[Case]:
 
 def _records(context: Context, n: int) -> list[Any]:
     from errata.bench.data.kilt import KiltRecord
-    from errata.bench.data.records import load_records
-    from errata.bench.data.registry import DATASETS, fetch
+    from errata.bench.data.records import Problem
+    from errata.bench.data.registry import DATASETS, fetch, first_records
 
-    number = context.n or n
+    number, options = context.n or n, common.only_bad(context)
     if common.is_atlas(context.model_name) and context.data in (None, "atlas-fever"):
         from errata.atlas.kilt import fever_records
         from errata.atlas.world import load_world
 
         return fever_records(load_world(), number, split=context.split, seed=context.seed)
     path = context.data if context.data not in (None, "fever") else fetch(DATASETS["fever"])
-    return load_records(str(path), KiltRecord)[:number]
+    left_out: list[Problem] = []
+    records = first_records(path, KiltRecord, number, left_out=left_out, **options)
+    common.tell(context, context.data or "fever", left_out)
+    return records

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from errata.bench.cases import Case, Probe
 from errata.bench.methods import MODEL, is_atlas
 from errata.bench.preset import Context, Method
+from errata.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    from errata.bench.data.records import Problem
     from errata.bench.figures import Point, Series
     from errata.bench.intervals import Rate
     from errata.bench.queries import Metric
@@ -61,19 +63,37 @@ def draw(
     atlas: str = "atlas-counterfact",
     published: str = "counterfact",
     published_n: int | None = None,
+    old_objects: bool = True,
     **atlas_options: str,
 ) -> list[Case]:
     """The context's cases: of the data set that it names, else Atlas's for Atlas, and the paper's for any other model.
 
     The number is the context's, else `n` for Atlas's data and `published_n` for others (None: all that there are).
-    atlas_options: of Atlas's data set alone.
+    old_objects: whether the model's own answer stands in where an edit names no old object. atlas_options: of Atlas's data set
+    alone; the context's own options go before them. What is left out of the data is added to the context.
     """
     from errata.bench.data.registry import load_cases
+    from errata.bench.makers import with_old_objects
 
     name = context.data or (atlas if is_atlas(context.model_name) else published)
     number = context.n if context.n is not None else n if name.startswith("atlas") else published_n
-    options: dict[str, Any] = dict(atlas_options) if name == atlas else {}
-    return load_cases(name, n=number, seed=context.seed, split=context.split, **options)
+    options: dict[str, Any] = {**(atlas_options if name == atlas else {}), **context.data_options}
+    left_out: list[Problem] = []
+    cases = load_cases(name, n=number, seed=context.seed, split=context.split, left_out=left_out, **options)
+    tell(context, name, left_out)
+    return with_old_objects(context.model, context.tokenizer, cases) if old_objects else cases
+
+
+def tell(context: Context, name: str, left_out: Iterable["Problem"]) -> None:
+    """Add what was left out of a data set to the context."""
+    context.left_out.update({replace(problem, path=name).where: problem.message for problem in left_out})
+
+
+def only_bad(context: Context) -> dict[str, Any]:
+    """The context's data options, for what reads records itself and has `bad` alone. Raises ConfigError for any other."""
+    if others := [name for name in context.data_options if name != "bad"]:
+        raise ConfigError(f"this preset's data have no option {others[0]!r}; they have: bad")
+    return dict(context.data_options)
 
 
 def only(cases: Iterable[Case], *kinds: str, most: Mapping[str, int] | None = None) -> list[Case]:

@@ -37,11 +37,14 @@ def cases(context: Context) -> Sequence[Case]:
 
 def taken_back(context: Context, run: Path) -> None:
     """Write `flexibility.json`: figures of each state by method."""
+    from errata.bench.data.registry import first_of_each_fact
     from errata.bench.flexibility import flexibility
     from errata.bench.worker import editor_of
 
     requests = []
-    for case in common.draw(context, N, published_n=PUBLISHED_N):
+    cases, clashes = first_of_each_fact(common.draw(context, N, published_n=PUBLISHED_N))
+    context.left_out.update(clashes)
+    for case in cases:
         asked = {
             kind: tuple(p.prompt for p in case.probes if p.kind == kind) for kind in ("paraphrase", "neighborhood")
         }

@@ -24,7 +24,7 @@ N, UPSTREAM = 1000, 500
 
 def cases(context: Context) -> Sequence[Case]:
     """The late cases in their order."""
-    drawn = common.draw(context, N, atlas="atlas-docket", published="scotus")
+    drawn = common.draw(context, N, atlas="atlas-docket", published="scotus", old_objects=False)
     return [shared.few_wordings(fitting(context, case)) for case in drawn]
 
 
@@ -49,10 +49,9 @@ def world(context: Context) -> Sequence[Probe]:
 
         records = [case.record() for case in upstream(UPSTREAM, seed=context.seed)]
     else:
-        from errata.bench.data.records import load_records
-        from errata.bench.data.registry import DATASETS
+        from errata.bench.data.registry import DATASETS, first_records
 
-        records = load_records(fetch(DATASETS["scotus"], "train"), ScotusRecord)[:UPSTREAM]
+        records = first_records(fetch(DATASETS["scotus"], "train"), ScotusRecord, UPSTREAM)
     names, cut = label_names(context.model), _Cut(context)
     found = [(record, scotus_case(record).request) for record in records]
     return shared.upstream([(cut(request.prompt), names[record.label]) for record, request in found])

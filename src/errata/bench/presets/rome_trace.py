@@ -26,6 +26,7 @@ def cases(context: Context) -> Sequence[Case]:
 
 def traces(context: Context, run: Path) -> None:
     """Trace the facts and write `trace.json` (averages with their bands) and two figures."""
+    from errata.bench.data.records import Problem
     from errata.bench.data.registry import load_facts
     from errata.locate.averages import average
     from errata.locate.figures import average_figure, heat_map, save_figure
@@ -35,7 +36,10 @@ def traces(context: Context, run: Path) -> None:
     own = common.is_atlas(context.model_name)
     name = context.data or ("atlas-known" if own else "known-1000")
     number = context.n if context.n is not None else N if name.startswith("atlas") else PUBLISHED_N
-    facts = load_facts(name, n=number, seed=context.seed, split=context.split)
+    left_out: list[Problem] = []
+    options = common.only_bad(context)
+    facts = load_facts(name, n=number, seed=context.seed, split=context.split, left_out=left_out, **options)
+    common.tell(context, name, left_out)
     noise = noise_for(context.model, context.tokenizer, "s3", subjects=[fact.subject for fact in facts])
     averages, first, dropped = [], [], 0
     for kind in KINDS:

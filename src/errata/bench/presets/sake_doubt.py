@@ -22,9 +22,20 @@ SAKE_DOUBT_CODE = Method("sake-code", "sake", "single", "code-doubt", most=commo
 
 
 def cases(context: Context) -> Sequence[Case]:
-    """The first CounterFact edits with both doubts over the prompt, as published, and over a question."""
+    """The first CounterFact edits with both doubts over the prompt, as published, and over a question.
+
+    An edit of what the model says anyway has no old object that a doubt could assert, and is left out.
+    """
     drawn = common.draw(context, N, published_n=PUBLISHED_N)
-    return [with_probes(case, doubts(case), keep=("edit",)) for case in drawn]
+    found = []
+    for case in drawn:
+        if case.request.target_true is None:
+            context.left_out[f"case {case.id}"] = (
+                "a doubt asserts the old object, and neither data nor model give another"
+            )
+        else:
+            found.append(with_probes(case, doubts(case), keep=("edit",)))
+    return found
 
 
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from errata.bench.tables import Table
 
-N, PUBLISHED_N = 40, 885
+N, PUBLISHED_N = 40, 2000
 METHODS = (
     Method("transport", "sake", "single"),
     Method("shift", "uniform", "single"),
