@@ -153,8 +153,9 @@ def read_cases(run: str | Path) -> dict[str, dict[str, Any]]:
 def results(run: str | Path) -> "DataFrame":
     """The rows of a run as metrics take them: every row, and two columns more.
 
-    references: of rows of kind "generation", the case's reference texts. failed: whether the fit of the row's edit failed.
-    A failed fit leaves the model as it is; where the run did not ask it again, the unedited model's answers stand in, so that
+    references: of rows of kind "generation", the case's reference texts. radius: of the scope of the row's own edit, NaN without
+    one. failed: whether the fit of the row's edit failed.
+    A failed fit leaves the model as it is; wherever the run did not ask it again, the unedited model's answers stand in, so that
     no method gains by failing and no case is lost.
     """
     rows = read_rows(run)
@@ -162,21 +163,27 @@ def results(run: str | Path) -> "DataFrame":
 
 
 def with_failed(rows: "DataFrame", fits: "DataFrame") -> "DataFrame":
-    """Rows with a column `failed`, and the unedited model's rows where a failed fit (FITS) left none of its own."""
+    """Rows with a column `failed`, and the unedited model's rows wherever a failed fit (FITS) left none of its own.
+
+    A sequence counts a failed case at every checkpoint from its own place on, a stream at every look since it was tried. fits: in
+    the order in which they were made.
+    """
     import pandas as pd
 
-    lost = fits[fits["error"].fillna("") != ""]
-    key = pd.MultiIndex.from_frame(rows[["method", "case"]])
-    parts = [rows.assign(failed=key.isin(list(zip(lost["method"], lost["case"], strict=True))))]
-    plain, present = rows[(rows["method"] == UNEDITED) & ~rows["condition"].astype(bool)], set(key)
-    for method, cases in lost.groupby("method")["case"]:
-        gone = {case for case in cases if (method, case) not in present}
-        own = rows[rows["method"] == method]
+    wrong = fits["error"].fillna("") != ""
+    lost = pd.MultiIndex.from_frame(fits.loc[wrong, ["method", "case"]])
+    parts = [rows.assign(failed=pd.MultiIndex.from_frame(rows[["method", "case"]]).isin(lost))]
+    plain = rows[(rows["method"] == UNEDITED) & ~rows["condition"].astype(bool)]
+    for method in dict.fromkeys(lost.get_level_values("method")):
+        own, failed = rows[rows["method"] == method], wrong[fits["method"] == method]
+        cases = fits.loc[failed.index, "case"]
+        # The number of edits from which on a case is asked: a sequence counts its cases, a stream the edits that were made.
+        since = {"sequential": failed.notna().cumsum(), "stream": (~failed).cumsum()}
         gate = "" if own["gate"].notna().any() else None
-        # A sequence asks, at each checkpoint, the cases so far; the last checkpoint has them all.
-        places = own.groupby("setting")["edits"].max().items() if len(own) else [("single", 0)]
-        for setting, edits in places:
-            stand_in = plain[plain["case"].isin(gone)]
+        for setting, edits in dict.fromkeys(zip(own["setting"], own["edits"], strict=True)) or [("single", 0)]:
+            asked = set(own.loc[(own["setting"] == setting) & (own["edits"] == edits), "case"])
+            due = failed & (since[setting] <= edits) if setting in since else failed
+            stand_in = plain[plain["case"].isin(set(cases[due]) - asked)]
             parts.append(stand_in.assign(method=method, setting=setting, edits=edits, gate=gate, failed=True))
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
