@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,7 @@ FITS = pa.schema(
         ("edit", pa.string()),
         ("seconds", pa.float64()),  # of the fit, a batch's shared evenly over its edits
         ("nbytes", pa.int64()),  # of the patch's tensors for this edit
+        ("radius", pa.float64()),  # of the edit's own scope, in its gate's unit; null without one
         ("error", pa.string()),  # why the fit failed; empty if it did not
         ("report", pa.string()),  # JSON: the patch's entry about the edit
     ]
@@ -151,15 +153,17 @@ def read_cases(run: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def results(run: str | Path) -> "DataFrame":
-    """The rows of a run as metrics take them: every row, and two columns more.
+    """The rows of a run as metrics take them: every row, and three columns more.
 
     references: of rows of kind "generation", the case's reference texts. radius: of the scope of the row's own edit, NaN without
     one. failed: whether the fit of the row's edit failed.
     A failed fit leaves the model as it is; wherever the run did not ask it again, the unedited model's answers stand in, so that
     no method gains by failing and no case is lost.
     """
-    rows = read_rows(run)
-    return with_references(with_failed(rows, read_fits(run)), read_cases(run))
+    rows, fits = read_rows(run), read_fits(run)
+    radius = dict(zip(zip(fits["method"], fits["edit"], strict=True), fits["radius"], strict=True))
+    rows = rows.assign(radius=[radius.get(key, nan) for key in zip(rows["method"], rows["edit"], strict=True)])
+    return with_references(with_failed(rows, fits), read_cases(run))
 
 
 def with_failed(rows: "DataFrame", fits: "DataFrame") -> "DataFrame":
