@@ -276,7 +276,8 @@ def _made() -> "dict[str, Metric]":
         "texts, prompts included, then over edits", "generation", judge=judges.entropy, unit="points")  # fmt: skip
     add("consistency.tfidf", "cosine of TF-IDF vectors of all generated and all reference texts, x 100, words weighed over the "
         "run's references; mean over edits", "generation", judge=judges.consistency, unit="points")  # fmt: skip
-    add("drawdown.nll", "nats per token by which running text becomes less probable than in the unedited model; mean over texts",
+    add("drawdown.nll", "nats per token by which running text becomes less probable than in the unedited model; mean over texts, of each "
+        "edit where it is asked by itself",
         "unrelated", judge=judges.drawdown, unit="nats", better="lower")  # fmt: skip
     every = "over all facts that are neither edited nor entailed"
     add("collateral.generate", f"greedy answer changed; {every}", "fact", judge=judges.changed, better="lower")
