@@ -339,7 +339,8 @@ def test_rome_s_tables_show_teacher_forcing_beside_ours_drawdown_and_paired_diff
     lines = {line[0]: [round(cell.value, 3) for cell in line[1:]] for line in table.rows}
     assert lines["unedited"] == [0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     assert lines["rome"] == [1.0, 0.0, 1.0, 0.0, 0.5, 0.0, 0.347]  # log 2 of one text in two
-    assert "teacher forcing gives away" in table.note and "| efficacy (MEMIT's protocol) |" in table.markdown()
+    assert "teacher forcing gives away" in table.note
+    assert table.beside["efficacy, teacher-forced"] == ("MEMIT's protocol", "efficacy")
     [line] = paired.rows
     assert line[0] == "rome - rome-published" and (line[-1].value, line[-1].n) == (0.0, 1)
 
