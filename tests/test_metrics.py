@@ -17,7 +17,7 @@ from errata.bench.metrics import METRICS, by_tag, difference, score
 from errata.bench.published import PUBLISHED
 from errata.bench.queries import at_threshold, own_gate, select
 from errata.bench.rows import FITS, SCHEMA, read_fits, read_rows, results, write_rows
-from errata.bench.tables import Table, difference_table, metric_table, paper_table, speed_table
+from errata.bench.tables import Table, difference_table, first_minus_others, metric_table, paper_table, speed_table
 from errata.errors import ConfigError, RecordError, ShapeError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -294,6 +294,46 @@ def test_relation_specificity_of_the_code_takes_a_closed_gate_for_a_success() ->
     assert value(own_gate(rows, {"e1": 0.5, "e2": 0.5, "e3": 9}), "relation_specificity.gate") == pytest.approx(2 / 3)
 
 
+def test_the_code_s_specificities_test_each_gate_against_its_own_centre_alone() -> None:
+    """Another edit's gate is open at case 1 and has changed its answer: published, that is no damage. Case 2's own is open."""
+    lines = []
+    for case, gate, far in (("1", "e9", 3.0), ("2", "", 1.0), ("3", "e3", None)):
+        about = {
+            "case": case,
+            "gate": gate,
+            "own_distance": far,
+            "radius": 2.0,
+            "first_token": " w",
+            "generated": " wrong.",
+        }
+        near = about | {
+            "kind": "neighborhood",
+            "expected": ["Lisk"],
+            "p_expected_first": 0.1,
+            "p_alternative_first": 0.4,
+        }
+        other = about | {"kind": "relation_specificity", "probe": 1, "expected": ["Lisk"]}
+        edit = {
+            "case": case,
+            "kind": "edit",
+            "probe": 9,
+            "p_expected_first": 0.6,
+            "p_alternative_first": 0.1,
+            "radius": 2.0,
+        }
+        knew = {"p_expected_first": 0.9, "p_alternative_first": 0.0, "generated": " Lisk.", "gate": None, "own_distance": None,
+                "radius": None}  # fmt: skip
+        lines += [near, other, edit, base(near, **knew), base(other, **knew), base(edit, radius=None)]
+    rows = frame(*lines)
+    assert value(rows, "specificity.gate") == pytest.approx(1 / 3)  # among all edits: closed for case 2 alone
+    for metric in ("specificity.sake_code", "relation_specificity.sake_code"):
+        # closed for case 1, open for 2, and for 3, of which no distance is known, as it was
+        assert [value(rows[rows["case"] == case], metric) for case in "123"] == [1.0, 0.0, 0.0]
+        assert [value(rows[rows["case"] == c].drop(columns="radius"), metric) for c in "123"] == [0.0, 1.0, 0.0]
+    table = paper_table(rows, "T", "SAKE", ["Spec"], ["m"])
+    assert table.rows[1][2].value == pytest.approx(1 / 3) and "edit's own centre" in table.note  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("kind", ["compositionality_i", "logical_generalization", "forgetfulness"])
 def test_the_other_axes_share_the_machinery(kind: str) -> None:
     right = {"case": "1", "kind": kind, "test": "t", "expected": ["Lisk"], "generated": " Lisk."}
@@ -461,6 +501,26 @@ def test_differences_are_paired() -> None:
     assert all_of_them and all_of_them.value == 1 and all_of_them.low == pytest.approx(1 - 0.036994, abs=1e-5)
     with pytest.raises(RecordError, match="not asked the same cases"):
         difference(rows[(rows["method"] != "b") | (rows["case"] != "7")], "efficacy.generate", "a", "b")
+
+
+def test_the_first_method_is_compared_with_each_other_over_the_cases_that_both_were_given() -> None:
+    # b has the first two cases only: 1 - 1/2 over two, not 3/4 - 1/2
+    rows = frame(
+        *series("a", [1, 1, 1, 0]), *series("b", [1, 0]), *series("c", [1, 1, 0, 0]), *series("unedited", [0] * 4)
+    )
+    table = first_minus_others(rows, "T", {"ES": "efficacy.generate", "PS": "generalization.generate"})
+    found = {line[0]: (line[1].value, line[1].n) for line in table.rows}  # type: ignore[union-attr]
+    assert found == {"a - b": (0.5, 2), "a - c": (0.25, 4)} and [line[2] for line in table.rows] == [None, None]
+    assert (
+        "50.0" in table.markdown()
+        and "n=4" in table.markdown()
+        and "n = 2 except where a cell says" in table.markdown()
+    )
+    alone = first_minus_others(rows, "T", {"ES": "efficacy.generate"}, ["c"])
+    assert [(line[0], line[1].value) for line in alone.rows] == [("c - unedited", 0.5)]  # type: ignore[union-attr]
+    apart = rows[(rows["method"] != "b") | (rows["case"] == "0")]
+    apart = apart[(apart["method"] != "a") | (apart["case"] != "0")]
+    assert first_minus_others(apart, "T", {"ES": "efficacy.generate"}).rows[0] == ["a - b", None]
 
 
 def test_failed_cases_are_counted_and_named() -> None:

@@ -17,6 +17,7 @@ from errata.bench.methods import MODEL, resolved
 from errata.bench.preset import Context, Method, available_presets, get_preset
 from errata.bench.presets import _claims, lifelong, sake_ot, sake_threshold
 from errata.bench.presets import _common as common
+from errata.bench.rows import FITS, write_rows
 from errata.edit import EditRequest
 from errata.editors import available_editors
 from errata.errors import ConfigError, RecordError, RequestError
@@ -317,8 +318,20 @@ def test_the_world_leaves_out_what_the_edits_change_or_entail(atlas: Any) -> Non
     edited = {case.request.text for case in lifelong.cases(context)}
     world = lifelong.world(context)
     assert len(edited) == 20
-    assert len(load_world().facts) - 150 < len(world) <= len(load_world().facts) - 20
-    assert all(p.kind == "fact" and p.expected for p in world)
+    facts, texts = ([p for p in world if p.kind == kind] for kind in ("fact", "unrelated"))
+    assert len(load_world().facts) - 150 < len(facts) <= len(load_world().facts) - 20 and all(p.expected for p in facts)
+    assert [p.prompt for p in texts] == list(makers.stock_texts()) and world == [*facts, *texts]
+    elsewhere = replace(context, model_name="some-model", data="counterfact")
+    assert lifelong.world(elsewhere) == texts
+
+
+def test_unrelated_texts_are_asked_of_each_edit_in_turn(atlas: Any) -> None:
+    cases = get_preset("rome-counterfact").cases(Context("atlas", *atlas, n=3))
+    own = [[p.prompt for p in case.probes if p.kind == "unrelated"] for case in cases]
+    assert [len(texts) for texts in own] == [4, 4, 4] and len({text for texts in own for text in texts}) == 12
+    assert common.in_turn([Probe("unrelated", "a"), Probe("unrelated", "b")], 1, 4) == [
+        Probe("unrelated", t) for t in "ab"
+    ]
 
 
 def test_what_an_edit_entails_of_other_facts() -> None:
@@ -370,24 +383,67 @@ def test_accumulated_edits_have_a_line_for_each_method_and_checkpoint_in_the_ord
         for probe in (0, 1):
             line = probe_row(method, "", probe, "fact", True, None) | {"edits": edits, "expected": ("green",)}
             rows.append(line | {"generated": " red." if method == "rome" and edits == 2 and probe else " green."})
+        text = probe_row(method, "", 2, "unrelated", True, None) | {"edits": edits, "generated": "", "expected": ()}
+        rows.append(text | {"p_expected": 0.1 if method == "rome" and edits == 2 else 0.2})
     for line in rows:
         line["setting"] = "single" if line["method"] == "unedited" else "sequential"
     frame = pd.DataFrame(rows)
     table, _ = lifelong.tables(frame, tmp_path)
     values = {line[0]: [cell if cell is None else round(cell.value, 3) for cell in line[1:]] for line in table.rows}
     assert list(table.columns)[1:] == [
-        "first 100 edits", "last 100 edits", "paraphrases", "neighbours kept", "other facts changed"
+        "first 100 edits", "last 100 edits", "paraphrases", "neighbours kept", "other facts changed", "drawdown"
     ]  # fmt: skip
     assert values == {
-        "unedited, all edits' probes": [0.0, None, 0.0, 1.0, 0.0],
-        "sake, 1 edits": [1.0, 1.0, 1.0, 1.0, 0.0],
-        "sake, 2 edits": [1.0, 1.0, 1.0, 1.0, 0.0],
-        "rome, 1 edits": [1.0, 1.0, 1.0, 1.0, 0.0],
-        "rome, 2 edits": [0.5, 0.5, 0.5, 1.0, 0.5],
+        "unedited, all edits' probes": [0.0, None, 0.0, 1.0, 0.0, 0.0],
+        "sake, 1 edits": [1.0, 1.0, 1.0, 1.0, 0.0, 0.0],
+        "sake, 2 edits": [1.0, 1.0, 1.0, 1.0, 0.0, 0.0],
+        "rome, 1 edits": [1.0, 1.0, 1.0, 1.0, 0.0, 0.0],
+        "rome, 2 edits": [0.5, 0.5, 0.5, 1.0, 0.5, 0.693],  # log 2
     }
     assert list(values)[1:3] == ["sake, 1 edits", "sake, 2 edits"] and "all 2 that none" in table.note
     [(path, _)] = lifelong.figures(frame, tmp_path)
     assert path.stat().st_size > 10_000
+
+
+def test_rome_s_tables_show_teacher_forcing_beside_ours_drawdown_and_paired_differences(tmp_path: Path) -> None:
+    rows = []
+    for method, cases in (("unedited", "ab"), ("rome", "ab"), ("rome-published", "a")):
+        for case in cases:
+            # ROME's paraphrase goes on as another name ("red" would be likeliest, were it forced), its neighbour is kept.
+            for probe, kind in enumerate(("edit", "paraphrase", "neighborhood")):
+                holds = method != "unedited" and kind == "edit"
+                line = probe_row(method, case, probe, kind, holds or kind == "neighborhood", None)
+                forced = 1.0 if method != "unedited" and kind == "paraphrase" and case == "a" else 0.5
+                objects = {"expected": ("red",)} if kind != "neighborhood" else {"expected": ("green",)}
+                rows.append(line | objects | {"token_accuracy": forced})
+            text = probe_row(method, case, 3, "unrelated", True, None) | {"generated": "", "expected": ()}
+            rows.append(text | {"p_expected": 0.1 if method == "rome" and case == "b" else 0.2})
+    _, table, paired, _ = get_preset("rome-counterfact").tables(pd.DataFrame(rows), tmp_path)
+    names = ("efficacy", "generalization", "specificity")
+    assert list(table.columns) == ["method", *names, *(f"{name}, teacher-forced" for name in names), "drawdown"]
+    lines = {line[0]: [round(cell.value, 3) for cell in line[1:]] for line in table.rows}
+    assert lines["unedited"] == [0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert lines["rome"] == [1.0, 0.0, 1.0, 0.0, 0.5, 0.0, 0.347]  # log 2 of one text in two
+    assert "teacher forcing gives away" in table.note
+    assert table.beside["efficacy, teacher-forced"] == ("MEMIT's protocol", "efficacy")
+    [line] = paired.rows
+    assert line[0] == "rome - rome-published" and (line[-1].value, line[-1].n) == (0.0, 1)
+
+
+def test_questions_in_a_stream_are_scored_by_token_accuracy_too(tmp_path: Path) -> None:
+    rows = []
+    for method, edits, accuracy in (("unedited", 0, 0.5), ("grace", 1, 0.75)):
+        for kind, case in (("upstream", ""), ("edit", "a"), ("paraphrase", "a")):
+            line = probe_row(method, case, 1 if kind == "paraphrase" else 0, kind, True, None) | {"edits": edits}
+            rows.append(
+                line | {"setting": "stream" if edits else "single", "token_accuracy": accuracy, "expected": ("red",)}
+            )
+    fits = [{"method": "grace", "case": "a", "edit": "a", "error": "", "report": '{"outcome": "add"}'}]
+    write_rows(tmp_path / "fits" / "a.parquet", fits, FITS)
+    _, whole, table, _ = get_preset("grace-zsre").tables(pd.DataFrame(rows), tmp_path)
+    assert "token accuracy" in table.title and table.columns == whole.columns and "teacher forcing" in table.note
+    lines = {line[0]: [getattr(cell, "value", cell) for cell in line[1:]] for line in table.rows}
+    assert lines["unedited"][0] == 0.5 and lines["grace"] == [0.75, 0.75, 0.75, 1, 0.75, 1.0]
 
 
 def test_threshold_curves_are_the_open_model_within_and_the_unedited_one_without(tmp_path: Path) -> None:
@@ -405,6 +461,37 @@ def test_threshold_curves_are_the_open_model_within_and_the_unedited_one_without
     spec = {t: rate.value for t, rate in sake_threshold.sweep(table, own["activation"], "specificity.generate")}
     assert (gen[1.0], gen[2.0], gen[3.0]) == (0.5, 0.5, 1.0)
     assert (spec[1.0], spec[2.0], spec[3.0]) == (1.0, 0.0, 0.0)
+
+
+def test_a_failed_fit_is_shut_at_every_threshold_and_no_case_of_the_curve_is_lost(tmp_path: Path) -> None:
+    rows = []
+    for case in ("a", "b", "c"):
+        for probe, kind, at in ((0, "paraphrase", 1.0), (1, "neighborhood", 2.0)):
+            rows.append(probe_row("unedited", case, probe, kind, kind == "neighborhood", None))
+            # The maps of b could not be fitted, nor the gate of c.
+            rows.append(
+                probe_row("open", case, probe, kind, (kind == "neighborhood") == (case == "b"), 0.5)
+                | {"failed": case == "b"}
+            )
+            rows.append(
+                probe_row("activation", case, probe, kind, False, None if case == "c" else at) | {"failed": case == "c"}
+            )
+    table = pd.DataFrame(rows)
+    table["failed"] = table["failed"].eq(True)
+    own = sake_threshold.by_gate(table, tmp_path)["activation"]
+    assert own.groupby("case")["distance"].max().to_dict() == {"a": 2.0, "b": math.inf, "c": math.inf}
+    gen = sake_threshold.sweep(table, own, "generalization.generate")
+    assert [(t, rate.value, rate.n, rate.failed) for t, rate in gen if t in (1.0, 2.0)] == [
+        (1.0, pytest.approx(1 / 3), 3, ("b", "c")), (2.0, pytest.approx(1 / 3), 3, ("b", "c"))
+    ]  # fmt: skip
+    spec = {t: rate.value for t, rate in sake_threshold.sweep(table, own, "specificity.generate")}
+    assert (spec[1.0], spec[2.0]) == (1.0, pytest.approx(2 / 3))
+    best, *_ = sake_threshold.tables(table, tmp_path)
+    assert best.rows[0][:2] == ["activation", 1.0] and best.rows[0][2].n == 3
+    assert any("the fit of 2 cases failed (b, c)" in note for note in best.notes())
+    lost = table.assign(failed=table["method"] != "unedited")
+    assert sake_threshold.tables(lost, tmp_path)[0].rows[0] == ["activation", None, None, None]
+    assert sake_threshold.figures(lost, tmp_path) == []
 
 
 def test_the_probe_tells_a_shift_and_not_two_draws_of_one_distribution() -> None:

@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from errata.bench.cases import Case
+from errata.bench.metrics import difference, score
 from errata.bench.rows import FITS, count, read_cases, read_fits, read_rows, results, write_cases, write_rows
 from errata.bench.rows import SCHEMA as ROWS
 from errata.cli import bench_rows
@@ -129,6 +130,46 @@ def test_a_failed_fit_counts_as_the_unedited_model_answers(run: Path) -> None:
     assert (one["method"], one["case"], one["generated"], one["setting"]) == ("sake", "2", " Osso.", "single")
     assert (one["edits"], one["gate"]) == (1, "")
     assert found["references"].tolist()[2] == ("Varde is a city.",) and found["references"].tolist()[0] == ()
+
+
+def test_a_failed_case_counts_at_every_checkpoint_whose_span_contains_it(tmp_path: Path) -> None:
+    """Case 2 of 4 fails in a sequence asked after 1, 3 and 4 edits, and case 3 of a stream looked at after 1, 2 and 3 edits."""
+    plain = [line(case=str(c), edit=f"e{c}") for c in range(1, 5)]
+    rows, fits = list(plain), []
+    for method in ("rome", "sake"):
+        for edits in (1, 3, 4):
+            held = [c for c in range(1, edits + 1) if (method, c) != ("rome", 2)]
+            rows += [one | {"method": method, "setting": "sequential", "edits": edits, "generated": " Varde."}
+                     for one in plain if int(one["case"]) in held]  # fmt: skip
+        fits += [{"method": method, "case": str(c), "edit": f"e{c}", "error": "no subject" if (method, c) == ("rome", 2) else ""}
+                 for c in range(1, 5)]  # fmt: skip
+    made = [1, 2, 4]  # a stream's edits; what failed is told behind those that were made up to the next look
+    for edits in (1, 2, 3):
+        rows += [
+            plain[c - 1] | {"method": "grace", "setting": "stream", "edits": edits, "generated": " Varde."}
+            for c in made[:edits]
+        ]
+    fits += [
+        {"method": "grace", "case": str(c), "edit": f"e{c}", "error": "" if c != 3 else "failed"} for c in (1, 2, 3, 4)
+    ]
+    write_rows(tmp_path / "units/all.parquet", rows)
+    write_rows(tmp_path / "fits/all.parquet", fits, FITS)
+    found = results(tmp_path)
+
+    def cases(method: str, edits: int) -> str:
+        own = found[(found["method"] == method) & (found["edits"] == edits)].sort_values("case")
+        return " ".join(
+            f"{case}{'-' if failed else ''}" for case, failed in zip(own["case"], own["failed"], strict=True)
+        )
+
+    assert [cases("rome", edits) for edits in (1, 3, 4)] == ["1", "1 2- 3", "1 2- 3 4"]
+    assert [cases("grace", edits) for edits in (1, 2, 3)] == ["1", "1 2 3-", "1 2 3- 4"]
+    lost = found[found["failed"]]
+    assert set(lost["generated"]) == {" Osso."} and len(found) == len(rows) + len(lost) == len(rows) + 4
+    rates = [score(found, "efficacy.generate", "rome", edits=edits) for edits in (1, 3, 4)]
+    assert [(rate.value, rate.n) for rate in rates if rate] == [(1.0, 1), (pytest.approx(2 / 3), 3), (0.75, 4)]
+    gap = difference(found, "efficacy.generate", "sake", "rome", edits=3)
+    assert gap and gap.value == pytest.approx(1 / 3) and gap.n == 3
 
 
 def test_the_command_shows_rows_as_a_table_json_and_csv(run: Path) -> None:

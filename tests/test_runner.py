@@ -19,7 +19,7 @@ from conftest import tiny_model
 from errata.bench import report
 from errata.bench.cases import Case, Probe
 from errata.bench.preset import Context, Method, Preset
-from errata.bench.rows import read_fits, read_rows
+from errata.bench.rows import read_fits, read_rows, results
 from errata.bench.runner import Plan, Progress, _as_here, _Pace, methods_of, plan_jobs, run
 from errata.bench.store import PatchCache, RunDirectory, difference, file_names
 from errata.bench.worker import Given, Job, Outcome, Worker
@@ -272,11 +272,16 @@ def test_of_two_edits_that_contradict_each_other_the_later_is_left_out_where_the
 
 
 def test_a_sequence_fits_each_edit_on_the_model_that_the_earlier_left(place: Path) -> None:
-    found = start(place, "a", LIFELONG, checkpoints=(1, 3))
+    found = start(place, "a", LIFELONG, checkpoints=(1, 3, 4))
     rows = read_rows(found.path, "method = 'rome, lifelong'")
     asked = rows[rows["kind"] == "edit"].groupby("edits")["case"].apply(list).to_dict()
-    assert asked == {1: ["Needle"], 3: ["Needle", "Tower", "Gate"], 5: ["Needle", "Tower", "Gate", "Wall"]}
-    assert rows[rows["kind"] == "fact"].groupby("edits").size().to_dict() == {1: 2, 3: 2, 5: 2}
+    three = ["Needle", "Tower", "Gate"]
+    assert asked == {1: ["Needle"], 3: three, 4: three, 5: [*three, "Wall"]}
+    assert rows[rows["kind"] == "fact"].groupby("edits").size().to_dict() == {1: 2, 3: 2, 4: 2, 5: 2}
+    counted = results(found.path)  # "Dome" has failed, and counts from its place on
+    own = counted[(counted["method"] == LIFELONG.label) & (counted["kind"] == "edit")]
+    assert own.groupby("edits")["case"].apply(len).to_dict() == {1: 1, 3: 3, 4: 4, 5: 5}
+    assert own[own["failed"]].groupby("edits")["case"].apply(list).to_dict() == {4: ["Dome"], 5: ["Dome"]}
     last = rows[(rows["edits"] == 5) & (rows["kind"] == "edit")]
     assert [tags["position"] for tags in last["tags"]] == ["1", "2", "3", "5"]
     # by hand: fit, merge, fit, merge

@@ -226,17 +226,17 @@ def _made() -> "dict[str, Metric]":
     of_code = "first query, first condition, prefix of one token; of edits whose new object's first token beats the old one's; pooled"
     for kind in ("compositionality_i", "compositionality_ii"):
         add(f"{kind}.sake_code", of_code, kind, judge=judges.first_token, **code)
-    add("relation_specificity.sake_code", f"gate closed, or: {of_code}", "relation_specificity",
-        judge=judges.relations_of_sake, **code)  # fmt: skip
+    add("relation_specificity.sake_code", f"the gate of the edit's own centre closed, or: {of_code}", "relation_specificity",
+        judge=judges.relations_of_sake, own_gate=True, **code)  # fmt: skip
     add("subject_aliasing.sake_code", "prefix of one token, of aliases that the edit answers with its gate always open (a "
         "circular filter: how often the gate opens); of edits whose new object's first token beats the old one's; pooled",
         "subject_aliasing", judge=judges.alias_of_sake, **code | {"conditions": "none", "ungated": True})  # fmt: skip
     add("efficacy.sake_code", "prefix of one token, on the edit's own prompt", "edit", judge=judges.first_token, **sake)
     add("generalization.sake_code", "prefix of one token, on paraphrases, pooled", "paraphrase",
         judge=judges.first_token, **sake)  # fmt: skip
-    add("specificity.sake_code", "gate closed, or the new object's first token less probable than the old one's; without "
-        "neighbours where the unedited model prefers the new one; pooled", "neighborhood",
-        judge=judges.specificity_of_sake, **sake)  # fmt: skip
+    add("specificity.sake_code", "the gate of the edit's own centre closed, or the new object's first token less probable than "
+        "the old one's; without neighbours where the unedited model prefers the new one; pooled", "neighborhood",
+        judge=judges.specificity_of_sake, own_gate=True, **sake)  # fmt: skip
 
     for kind, (name, where) in KEPT.items():
         if kind == "neighborhood":
@@ -276,7 +276,8 @@ def _made() -> "dict[str, Metric]":
         "texts, prompts included, then over edits", "generation", judge=judges.entropy, unit="points")  # fmt: skip
     add("consistency.tfidf", "cosine of TF-IDF vectors of all generated and all reference texts, x 100, words weighed over the "
         "run's references; mean over edits", "generation", judge=judges.consistency, unit="points")  # fmt: skip
-    add("drawdown.nll", "nats per token by which running text becomes less probable than in the unedited model; mean over texts",
+    add("drawdown.nll", "nats per token by which running text becomes less probable than in the unedited model; mean over texts, of each "
+        "edit where it is asked by itself",
         "unrelated", judge=judges.drawdown, unit="nats", better="lower")  # fmt: skip
     every = "over all facts that are neither edited nor entailed"
     add("collateral.generate", f"greedy answer changed; {every}", "fact", judge=judges.changed, better="lower")

@@ -32,7 +32,8 @@ class Metric:
     the old object, the first alternative. succeeded: what the edit's own prompt must pass, else the case
     is left out. first: a test is its first probe alone. still_open: without tests that the unedited model passes. pooled: mean over
     probes of all cases, not over cases. terms: names of metrics whose harmonic mean it is. ungated: whether
-    it needs the answers of an always open gate. paper: whose protocol, empty for ours.
+    it needs the answers of an always open gate; own_gate: whether it tests each edit's gate against its own centre alone, whatever
+    the gate decided among all edits (`own_gate`). paper: whose protocol, empty for ours.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Metric:
     pooled: bool = False
     terms: tuple[str, ...] = ()
     ungated: bool = False
+    own_gate: bool = False
     paper: str = ""
     unit: Unit = "fraction"
     better: Literal["higher", "lower"] = "higher"
@@ -56,6 +58,7 @@ class Metric:
         """One line for each test that counts: case, value and tags. rows: from `select`. Probes without a test's name, and
         those that `joined` does not join, are tests of their own; a probe of no case, of the whole run, is a case of its own.
         """
+        rows = own_gate(rows) if self.own_gate else rows
         tests = self._tests(rows)
         if self.conditions != "none":
             tests = tests[_looked_up(tests, self._held(rows), True)]
@@ -185,15 +188,21 @@ def at_threshold(rows: "DataFrame", unedited: "DataFrame", t: float) -> "DataFra
     return found.assign(gate=rows["gate"].where(~shut, ""))
 
 
-def own_gate(rows: "DataFrame", radius: float | Mapping[str, float]) -> "DataFrame":
+def own_gate(rows: "DataFrame", radius: float | Mapping[str, float] | None = None) -> "DataFrame":
     """The gate as SAKE's code tests it: against the edit's own centre alone, open if its distance is at most the radius.
 
-    Interference among edits is not seen. radius: one for all, or by the edit's id. Answers stay as they are: of the
-    published protocols only those that look at the gate change.
+    Interference among edits is not seen. radius: one for all, or by the edit's id; None: that of each edit's own scope, as
+    `errata.bench.rows.results` has it. Answers stay as they are: of the published protocols only those that look at the gate
+    change. What has no distance or no radius keeps its gate.
     """
-    limit = radius if isinstance(radius, (int, float)) else rows["edit"].map(dict(radius))
+    import pandas as pd
+
+    if radius is None:
+        limit = rows["radius"] if "radius" in rows else pd.Series(np.nan, rows.index)
+    else:
+        limit = rows["edit"].map(dict(radius) if isinstance(radius, Mapping) else lambda _: radius)
     gate = np.where(rows["own_distance"] <= limit, rows["edit"], "")
-    return rows.assign(gate=np.where(rows["own_distance"].isna(), rows["gate"], gate))
+    return rows.assign(gate=np.where(rows["own_distance"].isna() | limit.isna(), rows["gate"], gate))
 
 
 def _beside(rows: "DataFrame", others: "DataFrame", prefix: str, names: Iterable[str]) -> "DataFrame":

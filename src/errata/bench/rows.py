@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,7 @@ FITS = pa.schema(
         ("edit", pa.string()),
         ("seconds", pa.float64()),  # of the fit, a batch's shared evenly over its edits
         ("nbytes", pa.int64()),  # of the patch's tensors for this edit
+        ("radius", pa.float64()),  # of the edit's own scope, in its gate's unit; null without one
         ("error", pa.string()),  # why the fit failed; empty if it did not
         ("report", pa.string()),  # JSON: the patch's entry about the edit
     ]
@@ -151,32 +153,41 @@ def read_cases(run: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def results(run: str | Path) -> "DataFrame":
-    """The rows of a run as metrics take them: every row, and two columns more.
+    """The rows of a run as metrics take them: every row, and three columns more.
 
-    references: of rows of kind "generation", the case's reference texts. failed: whether the fit of the row's edit failed.
-    A failed fit leaves the model as it is; where the run did not ask it again, the unedited model's answers stand in, so that
+    references: of rows of kind "generation", the case's reference texts. radius: of the scope of the row's own edit, NaN without
+    one. failed: whether the fit of the row's edit failed.
+    A failed fit leaves the model as it is; wherever the run did not ask it again, the unedited model's answers stand in, so that
     no method gains by failing and no case is lost.
     """
-    rows = read_rows(run)
-    return with_references(with_failed(rows, read_fits(run)), read_cases(run))
+    rows, fits = read_rows(run), read_fits(run)
+    radius = dict(zip(zip(fits["method"], fits["edit"], strict=True), fits["radius"], strict=True))
+    rows = rows.assign(radius=[radius.get(key, nan) for key in zip(rows["method"], rows["edit"], strict=True)])
+    return with_references(with_failed(rows, fits), read_cases(run))
 
 
 def with_failed(rows: "DataFrame", fits: "DataFrame") -> "DataFrame":
-    """Rows with a column `failed`, and the unedited model's rows where a failed fit (FITS) left none of its own."""
+    """Rows with a column `failed`, and the unedited model's rows wherever a failed fit (FITS) left none of its own.
+
+    A sequence counts a failed case at every checkpoint from its own place on, a stream at every look since it was tried. fits: in
+    the order in which they were made.
+    """
     import pandas as pd
 
-    lost = fits[fits["error"].fillna("") != ""]
-    key = pd.MultiIndex.from_frame(rows[["method", "case"]])
-    parts = [rows.assign(failed=key.isin(list(zip(lost["method"], lost["case"], strict=True))))]
-    plain, present = rows[(rows["method"] == UNEDITED) & ~rows["condition"].astype(bool)], set(key)
-    for method, cases in lost.groupby("method")["case"]:
-        gone = {case for case in cases if (method, case) not in present}
-        own = rows[rows["method"] == method]
+    wrong = fits["error"].fillna("") != ""
+    lost = pd.MultiIndex.from_frame(fits.loc[wrong, ["method", "case"]])
+    parts = [rows.assign(failed=pd.MultiIndex.from_frame(rows[["method", "case"]]).isin(lost))]
+    plain = rows[(rows["method"] == UNEDITED) & ~rows["condition"].astype(bool)]
+    for method in dict.fromkeys(lost.get_level_values("method")):
+        own, failed = rows[rows["method"] == method], wrong[fits["method"] == method]
+        cases = fits.loc[failed.index, "case"]
+        # The number of edits from which on a case is asked: a sequence counts its cases, a stream the edits that were made.
+        since = {"sequential": failed.notna().cumsum(), "stream": (~failed).cumsum()}
         gate = "" if own["gate"].notna().any() else None
-        # A sequence asks, at each checkpoint, the cases so far; the last checkpoint has them all.
-        places = own.groupby("setting")["edits"].max().items() if len(own) else [("single", 0)]
-        for setting, edits in places:
-            stand_in = plain[plain["case"].isin(gone)]
+        for setting, edits in dict.fromkeys(zip(own["setting"], own["edits"], strict=True)) or [("single", 0)]:
+            asked = set(own.loc[(own["setting"] == setting) & (own["edits"] == edits), "case"])
+            due = failed & (since[setting] <= edits) if setting in since else failed
+            stand_in = plain[plain["case"].isin(set(cases[due]) - asked)]
             parts.append(stand_in.assign(method=method, setting=setting, edits=edits, gate=gate, failed=True))
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
 

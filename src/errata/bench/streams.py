@@ -255,12 +255,13 @@ def _mean(a: "Rate", b: "Rate") -> "Rate":
 
 
 def stream_table(
-    rows: "DataFrame", run: Path, preset: str, protocol: str, title: str, labels: Mapping[str, str], *, faulty: str = ""
-) -> "Table":
+    rows: "DataFrame", run: Path, preset: str, protocol: str, title: str, labels: Mapping[str, str], *, faulty: str = "",
+    about: str = "",
+) -> "Table":  # fmt: skip
     """A row for each method at the end of its stream; a dash for those that could not be run, with the reason below.
 
     protocol: ending of the metrics ("generate", "f1"); faulty: that of the released code's, shown beside for ERR. labels: our
-    label -> the paper's name.
+    label -> the paper's name. about: what else is to be said of the protocol.
     """
     from errata.bench.metrics import score
     from errata.bench.published import PUBLISHED, SOURCES
@@ -291,6 +292,7 @@ def stream_table(
     note = [
         "TRR: what the model was made for, right (not merely kept), at the end of the stream. ERR: all edits so far, on their own "
         "prompts. avg: their mean. rephrasings: other wordings of these edits, which no method has seen.",
+        about,
         f"Published: {SOURCES[preset]}; as fractions." if preset in SOURCES else "",
         *(f"{label}: not applicable: {why}." for label, why in reasons.items()),
     ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from errata.bench import rendering
-from errata.bench.glossary import term
+from errata.bench.glossary import Term, term
 from errata.bench.intervals import Rate, bootstrap
 from errata.bench.metrics import Stratum, difference, metric_named, score
 from errata.bench.published import NAMES, PUBLISHED, REMARKS, SOURCES
@@ -160,12 +160,8 @@ def paper_table(
         model: {known.get(name, name): own for name, own in numbers.items() if others or name in known}
         for model, numbers in PUBLISHED.get(preset, {}).items()
     }
-    faults: dict[str, list[str]] = {}
-    for one in terms:
-        if one.fault:
-            faults.setdefault(one.fault, []).append(one.letters)
     said = [note, "; ".join(f"{one.letters}: {one.name}" for one in terms) + "."]
-    said += [f"Fault of {paper}'s protocol for {', '.join(names)}: {fault}." for fault, names in faults.items()]
+    said += faults(paper, {one.letters: one for one in terms})
     if preset in SOURCES:
         said.append(f"Published: {SOURCES[preset]}.")
     said += REMARKS.get(preset, ())
@@ -173,6 +169,15 @@ def paper_table(
         rows, title, metrics, labels, note="\n".join(line for line in said if line), published=published, beside=beside,
         **options,
     )  # fmt: skip
+
+
+def faults(paper: str, terms: Mapping[str, Term]) -> list[str]:
+    """What is wrong with a paper's protocols, a sentence for each fault. terms: by the heading of their columns."""
+    alike: dict[str, list[str]] = {}
+    for name, one in terms.items():
+        if one.fault:
+            alike.setdefault(one.fault, []).append(name)
+    return [f"Fault of {paper}'s protocol for {', '.join(names)}: {fault}." for fault, names in alike.items()]
 
 
 def difference_table(
@@ -183,6 +188,25 @@ def difference_table(
         [f"{a} - {b}", *(difference(rows, name, a, b, **options) for name in metrics.values())] for a, b in pairs
     ]
     return Table(title, ["methods", *metrics], lines, note)
+
+
+def first_minus_others(
+    rows: "DataFrame", title: str, metrics: Mapping[str, str], methods: Sequence[str] | None = None, *, note: str = "", **options: Any
+) -> Table:  # fmt: skip
+    """Paired differences of the first method to each of the others, over the cases that both were given, as their n says.
+
+    methods: labels, by default all in the order of the rows; a lone one is compared with the unedited model. options: as of
+    `difference`.
+    """
+    there = [m for m in (methods or dict.fromkeys(rows["method"])) if m != UNEDITED]
+    given = {method: set(own["case"]) for method, own in rows.groupby("method")}
+    lines: list[Sequence[Cell]] = []
+    for first, other in ((there[0], other) for other in there[1:] or [UNEDITED]) if there else ():
+        both = rows[rows["case"].isin(given[first] & given[other])]
+        made = difference_table(both, "", metrics, [(first, other)] if len(both) else [], **options)
+        lines += made.rows or [[f"{first} - {other}", *[None] * len(metrics)]]
+    said = "Paired over the cases that both methods were given; of these, those that the other tables count."
+    return Table(title, ["methods", *metrics], lines, "\n".join(line for line in (note, said) if line))
 
 
 def speed_table(

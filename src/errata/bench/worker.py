@@ -443,6 +443,9 @@ def _timed(patch: Patch, seconds: float) -> Patch:
 
 def _entry(job: Job, case: Case, patch: Patch | None, errors: Mapping[str, str]) -> dict[str, Any]:
     """A row of `errata.bench.rows.FITS`, without run and model."""
+    scope = (
+        next((p for p in patch.parts if isinstance(p, (Steering, Context, Counterfactual))), None) if patch else None
+    )
     report = dict(next(iter(patch.report.values()), {})) if patch else {}
     return {
         "method": job.method,
@@ -452,6 +455,7 @@ def _entry(job: Job, case: Case, patch: Patch | None, errors: Mapping[str, str])
         "nbytes": sum(t.numel() * t.element_size() for p in patch.parts for t in p.tensors().values())
         if patch
         else None,
+        "radius": scope.radius if scope else None,  # the edit's own scope is the first of its parts
         "error": "" if patch else errors.get(case.request.id, "no patch was made"),
         "report": json.dumps(report, ensure_ascii=False, default=str),
     }

@@ -55,6 +55,8 @@ PROTOCOL_NOTE = (
     "alone. Settings that cost several times as much get the first of Atlas's edits only; their cells say how many."
 )
 
+DRAWDOWN_NOTE = "drawdown: nats per token that unrelated running texts lose in probability, less is better."
+
 
 def draw(
     context: Context,
@@ -108,6 +110,21 @@ def only(cases: Iterable[Case], *kinds: str, most: Mapping[str, int] | None = No
                 kept.append(probe)
         found.append(replace(case, probes=tuple(kept)))
     return found
+
+
+def unrelated(context: Context) -> list[Probe]:
+    """Running texts that state no fact of any data set; none for a model that does not go on with a text."""
+    from errata.bench.makers import stock_texts
+    from errata.model.anatomy import anatomy
+
+    if anatomy(context.model).role != "decoder":
+        return []
+    return [Probe("unrelated", text) for text in stock_texts()]
+
+
+def in_turn(probes: Sequence[Probe], place: int, each: int) -> list[Probe]:
+    """`each` of the probes for the case at this place, those behind what the case before it has, round and round."""
+    return [probes[(place * each + i) % len(probes)] for i in range(min(each, len(probes)))]
 
 
 def labels(rows: "DataFrame") -> list[str]:

@@ -33,9 +33,12 @@ def cases(context: Context) -> Sequence[Case]:
 
 
 def world(context: Context) -> Sequence[Probe]:
-    """Every fact of Atlas, in its first probe wording, that no edit of the run changes or entails; other models have no such list."""
+    """Unrelated texts, and every fact of Atlas, in its first probe wording, that no edit of the run changes or entails; for other
+    models, and other data, there is no such list.
+    """
+    texts = common.unrelated(context)
     if not common.is_atlas(context.model_name) or context.data:
-        return ()
+        return texts
     from errata.atlas import render
     from errata.atlas.probes import fact_of
     from errata.atlas.world import load_world
@@ -45,7 +48,7 @@ def world(context: Context) -> Sequence[Probe]:
         fact = fact_of(atlas, case.request)
         if fact is not None:
             touched |= {fact, *entailed(atlas, fact, case.request.target_new)}
-    return [
+    facts = [
         Probe(
             "fact",
             render.place("", atlas.phrasings[f.relation].cloze["probe"][0], f.subject),
@@ -55,6 +58,7 @@ def world(context: Context) -> Sequence[Probe]:
         for f in atlas.facts
         if f not in touched
     ]
+    return [*facts, *texts]
 
 
 def entailed(atlas: Any, fact: Any, target: str) -> set[Any]:
@@ -106,6 +110,7 @@ def curves_of(rows: "DataFrame") -> dict[str, dict[str, list[tuple[int, Any]]]]:
                 "paraphrases": score(part, "generalization.generate", method),
                 "neighbours kept": score(part, "specificity.generate", method),
                 "other facts changed": score(part, "collateral.generate", method),
+                "drawdown": score(part, "drawdown.nll", method),
             }
             for column, rate in cells.items():
                 if rate is not None:
@@ -123,7 +128,12 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     keys = sorted({(m, e) for _, m, e in cells}, key=lambda key: (labels.index(key[0]), key[1]))
     plain = rows[rows["method"] == common.UNEDITED]
     asked = {"paraphrases": "generalization.generate", "neighbours kept": "specificity.generate"}
-    of_all = {FIRST: "efficacy.generate", **asked, "other facts changed": "collateral.generate"}
+    of_all = {
+        FIRST: "efficacy.generate",
+        **asked,
+        "other facts changed": "collateral.generate",
+        "drawdown": "drawdown.nll",
+    }
     unedited = {c: score(plain, metric, common.UNEDITED) for c, metric in of_all.items()}
     lines: list[list[Any]] = [[f"{common.UNEDITED}, all edits' probes", *(unedited.get(c) for c in found)]]
     lines += [[f"{m}, {e:,} edits", *(cells.get((c, m, e)) for c in found)] for m, e in keys]
@@ -133,6 +143,7 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
         if n
         else ""
     )
+    note += f"\n{common.DRAWDOWN_NOTE}" if "drawdown" in found else ""
     return [Table("Accumulated edits", ["method, edits in the model", *found], lines, note), common.cost_table(run)]
 
 
@@ -144,6 +155,7 @@ def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:
     panels = {
         column: [Series(m, tuple(common.point(e, rate) for e, rate in points), m) for m, points in by_method.items()]
         for column, by_method in found.items()
+        if column != "drawdown"  # in nats, not per cent
     }
     ticks = sorted({e for by_method in found.values() for points in by_method.values() for e, _ in points})
     figure = curves(panels, "edits in the model", "per cent", log=True, ticks=ticks)

@@ -1,6 +1,7 @@
 """ROME's CounterFact table: scores by probabilities, magnitudes, fluency and consistency (Meng et al. 2022)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from errata.bench.tables import Table
 
 N, PUBLISHED_N = 60, 7500
+UNRELATED = 4  # unrelated texts asked of each edit, the next ones of the next
 # The paper's KE is the one that was retrained beside MEND; -CF: trained on CounterFact.
 BASELINES = (
     Method("ft", "ft", "single", MODEL),
@@ -37,29 +39,38 @@ METRICS = {
     "GE": "fluency.entropy",
     "RS": "consistency.tfidf",
 }
-GREEDY = {
-    "efficacy": "efficacy.generate",
-    "generalization": "generalization.generate",
-    "specificity": "specificity.generate",
-}
+GREEDY = {name: f"{name}.generate" for name in ("efficacy", "generalization", "specificity")}
+FORCED = {f"{name}, teacher-forced": f"{name}.teacher_forced_exact" for name in GREEDY}  # MEMIT's greedy accuracies
+DRAWDOWN = {"drawdown": "drawdown.nll"}
 
 
 def cases(context: Context) -> Sequence[Case]:
-    """CounterFact's edits with everything that the table scores; one free text in two for each edit of Atlas."""
+    """CounterFact's edits with everything that the table scores, and unrelated texts; one free text in two for each edit of Atlas."""
     drawn = common.draw(context, N, published_n=PUBLISHED_N)
     most = {"generation": 5} if common.is_atlas(context.model_name) else {}
-    return common.only(drawn, "edit", "paraphrase", "neighborhood", "generation", most=most)
+    chosen = common.only(drawn, "edit", "paraphrase", "neighborhood", "generation", most=most)
+    texts = common.unrelated(context)
+    return [replace(c, probes=(*c.probes, *common.in_turn(texts, i, UNRELATED))) for i, c in enumerate(chosen)]
 
 
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
-    """The paper's table; whole objects by greedy generation; cost."""
+    """The paper's table; whole objects by greedy generation and teacher-forced, drawdown; paired differences; cost."""
     from errata.bench import streams
-    from errata.bench.tables import metric_table, paper_table
+    from errata.bench.glossary import term
+    from errata.bench.tables import faults, first_minus_others, metric_table, paper_table
 
     note = "\n".join(f"{label}: not run: {why}." for label, why in streams.left_out(run).items())
+    terms = {name: term("MEMIT", letters) for name, letters in zip(GREEDY, ("ES", "PS", "NS"), strict=True)}
     return [
         paper_table(rows, "CounterFact, by probabilities", "ROME", list(METRICS), preset="rome-counterfact", note=note),
-        metric_table(rows, "The same edits, whole objects by greedy generation", GREEDY, note=common.PROTOCOL_NOTE),
+        metric_table(
+            rows,
+            "The same edits, whole objects by greedy generation",
+            GREEDY | FORCED | DRAWDOWN,
+            note="\n".join((common.PROTOCOL_NOTE, *faults("MEMIT", terms), common.DRAWDOWN_NOTE)),
+            beside={column: ("MEMIT's protocol", column.split(",")[0]) for column in FORCED},
+        ),
+        first_minus_others(rows, "Paired differences", METRICS | DRAWDOWN),
         common.cost_table(run),
     ]
 

@@ -24,12 +24,12 @@ def cases(context: Context) -> Sequence[Case]:
 
 
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
-    """The paper's table by our protocol and by its own; cost."""
-    from errata.bench.tables import paper_table
+    """The paper's table by our protocol and by its own; paired differences; cost."""
+    from errata.bench.tables import first_minus_others, paper_table
 
     note = f"{common.PROTOCOL_NOTE}\n{common.GATE_NOTE}"
     table = paper_table(rows, "CounterFact", "SAKE", list(OURS), preset="sake-counterfact", note=note)
-    return [table, common.cost_table(run)]
+    return [table, first_minus_others(rows, "Paired differences", OURS), common.cost_table(run)]
 
 
 def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:

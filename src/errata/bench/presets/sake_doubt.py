@@ -41,13 +41,14 @@ def cases(context: Context) -> Sequence[Case]:
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     """The doubts as published are over the prompt; over a question they stand in a table of their own."""
     from errata.bench.metrics import score
-    from errata.bench.tables import Table, metric_table, paper_table
+    from errata.bench.tables import Table, first_minus_others, metric_table, paper_table
 
     own, asked = (common.tagged_or_untagged(rows, form=form) for form in ("prompt", "question"))
     doubted = {letters: OURS[letters] for letters in GATES}
     note = common.PROTOCOL_NOTE
     found = [
         paper_table(own, "Doubts over the edit's prompt", "SAKE", list(GATES), preset="sake-doubt", note=note),
+        first_minus_others(own, "Paired differences", OURS),
         metric_table(rows, "The edit itself", {"Acc": OURS["Acc"]}),
     ]
     if common.tag_values(rows[rows["kind"] == "doubt_i"], "form") != ["prompt"]:

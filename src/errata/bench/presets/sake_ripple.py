@@ -35,8 +35,8 @@ def cases(context: Context) -> Sequence[Case]:
 
 
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
-    """Ours and the published protocols; compositions by whether the fit held them; the pass rate of conditions."""
-    from errata.bench.tables import metric_table, paper_table
+    """Ours and the published protocols; paired differences; compositions by whether the fit held them; the pass rate of conditions."""
+    from errata.bench.tables import first_minus_others, metric_table, paper_table
 
     # What SA's published filter needs, the same maps with the gate always open, is the run's `sake-open`.
     shown = [label for label in common.labels(rows) if label != common.SAKE_OPEN.label]
@@ -47,6 +47,7 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     of_split = {letters: conditions.get(letters) for letters in split}
     return [
         paper_table(rows, "RippleEdits", "SAKE", list(AXES), shown, preset="sake-ripple", ungated=through, note=note),
+        first_minus_others(rows, "Paired differences", OURS, shown),
         metric_table(rows, "Further axes, and the edit itself", {"Acc": OURS["Acc"]} | MORE, shown),
         metric_table(rows, "RippleEdits, scored as its authors do", RIPPLE, shown),
         *(

@@ -7,6 +7,7 @@ cost no further passes.
 
 import json
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,19 +69,28 @@ def gates(context: Context, run: Path) -> None:
 
 
 def by_gate(rows: "DataFrame", run: Path) -> dict[str, "DataFrame"]:
-    """gate -> the open model's rows with that gate's distances."""
+    """gate -> the open model's rows with that gate's distances.
+
+    Where the fit of the maps or of the gate failed the gate is shut at every threshold, infinitely far.
+    """
+    rows = rows if "failed" in rows else rows.assign(failed=False)
     opened = rows[rows["method"] == OPEN.label]
     keys = list(zip(opened["case"], opened["probe"], strict=True))
     found = {}
     for gate in GATES:
         own = rows[rows["method"] == gate.label]
         table = dict(zip(zip(own["case"], own["probe"], strict=True), own["own_distance"], strict=True))
+        failed = opened["failed"] | opened["case"].isin(set(own.loc[own["failed"], "case"]))
         if table:
-            found[gate.label] = opened.assign(distance=[table.get(key) for key in keys])
+            found[gate.label] = opened.assign(distance=[table.get(key) for key in keys], failed=failed)
     about = _about(run)
     if "distances" in about:
         found["encoder"] = opened.assign(distance=[about["distances"][case][probe] for case, probe in keys])
-    return {name: own.dropna(subset=["distance"]) for name, own in found.items()}
+    far = {
+        name: own.assign(distance=own["distance"].astype(float).mask(own["failed"].astype(bool), inf))
+        for name, own in found.items()
+    }
+    return {name: own.dropna(subset=["distance"]) for name, own in far.items()}
 
 
 def sweep(rows: "DataFrame", own: "DataFrame", metric: str) -> list[tuple[float, Any]]:
@@ -92,8 +102,10 @@ def sweep(rows: "DataFrame", own: "DataFrame", metric: str) -> list[tuple[float,
     from errata.bench.queries import at_threshold
 
     plain = rows[rows["method"] == common.UNEDITED]
-    found = []
-    for t in np.unique(np.quantile(own["distance"], np.linspace(0, 1, STEPS))):
+    found: list[tuple[float, Any]] = []
+    if len(near := own.loc[np.isfinite(own["distance"]), "distance"]) == 0:
+        return found
+    for t in np.unique(np.quantile(near, np.linspace(0, 1, STEPS))):
         rate = score(pd.concat([at_threshold(own, plain, float(t)), plain]), metric, OPEN.label)
         if rate is not None:
             found.append((float(t), rate))
@@ -108,7 +120,11 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     lines: list[list[Any]] = []
     for name, own in by_gate(rows, run).items():
         curves = [sweep(rows, own, metric) for metric in METRICS.values()]
-        best = max(zip(*curves, strict=True), key=lambda pair: pair[0][1].value + pair[1][1].value)
+        pairs = list(zip(*curves, strict=True))
+        if not pairs:
+            lines.append([name, *[None] * (1 + len(METRICS))])
+            continue
+        best = max(pairs, key=lambda pair: pair[0][1].value + pair[1][1].value)
         lines.append([name, best[0][0], *(rate for _, rate in best)])
     about = _about(run)
     notes = [
@@ -134,9 +150,12 @@ def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:
     panels, marks = {}, {}
     for name, own in by_gate(rows, run).items():
         found = {letters: sweep(rows, own, metric) for letters, metric in METRICS.items()}
-        panels[f"{name} gate"] = [
-            Series(letters, tuple(common.point(t, rate) for t, rate in points)) for letters, points in found.items()
-        ]
+        if any(found.values()):
+            panels[f"{name} gate"] = [
+                Series(letters, tuple(common.point(t, rate) for t, rate in points)) for letters, points in found.items()
+            ]
+    if not panels:
+        return []
     if (radius := _about(run).get("calibrated")) is not None:
         marks["activation gate"] = {"calibrated": radius}
     figure = curves(panels, "threshold, in the gate's own unit", "per cent", marks=marks, shared=False)
