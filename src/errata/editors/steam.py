@@ -124,6 +124,10 @@ class STEAM(Editor[STEAMConfig]):
                 raise ConfigError(f"steam on {self.config.base} has no option {name!r}{hint}")
         self._base()  # what the base refuses is refused here
 
+    def reads(self, model: Any) -> dict[str, Any]:
+        """As the base."""
+        return self._base().reads(model)
+
     def fit(
         self,
         model: Any,
