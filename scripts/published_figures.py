@@ -3,8 +3,9 @@
     python scripts/published_figures.py [--model gpt2-xl] [--facts PATH] [--counterfact PATH] [--n-facts 100] [--n-edits 50]
         [--noise 0.1] [--statistics NAME] [--dtype float32] [--device-map auto] [--out FILE]
 
-known_1000 is in no repository of the hub that could be verified: get `known_1000.json` from where `errata data list` says its authors keep
-it and give it by --facts (or put it into `data` under ERRATA_CACHE); without it tracing, hence the total effect, is skipped.
+known_1000 is in no repository of the hub that could be verified: get `known_1000.json` from its authors' site and give it by --facts
+(or put it into `data` under ERRATA_CACHE). Without it tracing, hence the total effect, is skipped, and the reason printed says where the
+site is.
 
 Facts are those of known_1000 that the model knows, traced with restored hidden states (Meng et al. 2022, section 2); edits are
 the first of CounterFact under ROME's preset of the model, each alone, without generated contexts of another run. Without

@@ -20,6 +20,7 @@ from errata.bench.presets import _common as common
 from errata.bench.presets import (
     lifelong,
     reverse,
+    rome_counterfact,
     sake_context,
     sake_ot,
     sake_threshold,
@@ -87,6 +88,14 @@ def test_methods_have_labels_of_their_own_and_editors_that_exist(name: str) -> N
 )
 def test_sizes_are_the_papers(name: str, n: int) -> None:
     assert get_preset(name).published_n == n
+
+
+@pytest.mark.parametrize(("family", "n"), [("gpt2", 7500), ("gptj", 2000)])
+def test_gpt_j_has_the_number_of_its_paper(family: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("errata.bench.data.registry.load_cases", lambda name, **options: asked.update(options) or [])
+    rome_counterfact.cases(Context("some/model", tiny_model(family, 2), None))
+    assert asked["n"] == n
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from errata.bench.cases import Case
 from errata.bench.methods import LIMITED, MODEL
 from errata.bench.preset import Context, Method, Preset
 from errata.bench.presets import _common as common
+from errata.model.anatomy import anatomy
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from errata.bench.tables import Table
 
 N, PUBLISHED_N = 60, 7500
+FEWER = {"gptj": 2000}  # of the paper's, by family
 # The paper's KE is the one that was retrained beside MEND; -CF: trained on CounterFact.
 BASELINES = (
     Method("ft", "ft", "single", MODEL),
@@ -46,7 +48,8 @@ GREEDY = {
 
 def cases(context: Context) -> Sequence[Case]:
     """CounterFact's edits with everything that the table scores; one free text in two for each edit of Atlas."""
-    drawn = common.draw(context, N, published_n=PUBLISHED_N)
+    published_n = FEWER.get(anatomy(context.model).family, PUBLISHED_N)
+    drawn = common.draw(context, N, published_n=published_n)
     most = {"generation": 5} if common.is_atlas(context.model_name) else {}
     return common.only(drawn, "edit", "paraphrase", "neighborhood", "generation", most=most)
 
