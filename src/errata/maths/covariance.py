@@ -74,7 +74,7 @@ class SecondMoment:
     def digest(self) -> str:
         """ "sha256:…" of the sum and the count."""
         sha = hashlib.sha256(f"{self.count} {self.width}".encode())
-        sha.update(self.total.cpu().numpy())
+        sha.update(self.total.cpu().numpy().tobytes())
         return f"sha256:{sha.hexdigest()}"
 
     def update(self, keys: Tensor) -> None:

@@ -94,7 +94,7 @@ def weights_hash(model: PreTrainedModel) -> str:
         if not (quantised or tensor.is_meta):
             flat = tensor.detach().contiguous().reshape(-1)
             for chunk in torch.split(flat, _CHUNK):
-                digest.update(chunk.view(torch.uint8).cpu().numpy())
+                digest.update(chunk.view(torch.uint8).cpu().numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
 
 
