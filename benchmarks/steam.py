@@ -360,7 +360,7 @@ def draw(model: Any, tokenizer: Any, world: World, known: Sequence[Reference], a
     folder = Path(args.figures)
     requests = counterfact_requests(world, args.n, split="dev", seed=args.seed, neighbours=False, portable=True)
     steam = STEAM(references=known, **ROME_OPTIONS)
-    editors = {"ROME": ROME(**ROME_OPTIONS), "STEAM": steam}
+    editors: dict[str, Any] = {"ROME": ROME(**ROME_OPTIONS), "STEAM": steam}
     curves = anchor_cosines(model, tokenizer, world, requests, editors)
     for name, (raw, centred) in curves.items():
         print(f"{name}: raw {raw.mean(0).tolist()}; centred {centred.mean(0).tolist()}", file=sys.stderr)

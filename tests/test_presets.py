@@ -146,7 +146,7 @@ def test_methods_take_what_was_chosen_for_the_model(atlas: Any) -> None:
 
 def test_steam_is_compared_with_its_own_base(atlas: Any) -> None:
     """What differs between the two rows of a gain is the alignment alone; Atlas's tuned ROME is another one."""
-    editors = {m.label: editor_of(resolved(m, atlas[0], "atlas")) for m in steam_counterfact.METHODS}
+    editors: dict[str, Any] = {m.label: editor_of(resolved(m, atlas[0], "atlas")) for m in steam_counterfact.METHODS}
     for aligned, base in steam_counterfact.PAIRS:
         plain = editors[aligned]._base()
         assert (plain.method, plain.config) == (editors[base].method, editors[base].config)

@@ -256,9 +256,12 @@ def test_edits_fitted_one_by_one_solve_with_the_same_factors(
     gathered, more = (key_statistics(model, tokenizer, texts, [0, 1], cache=tmp_path) for texts in (TEXTS, TEXTS[:60]))
     made: list[int] = []
     real = covariance.CholeskySolver.__init__
-    monkeypatch.setattr(
-        covariance.CholeskySolver, "__init__", lambda self, C, **rest: (made.append(len(C)), real(self, C, **rest))[1]
-    )
+
+    def counted(self: Any, C: Tensor, **rest: Any) -> None:
+        made.append(len(C))
+        real(self, C, **rest)
+
+    monkeypatch.setattr(covariance.CholeskySolver, "__init__", counted)
     _weights._factored.cache_clear()
     whole = next(p for p in tmp_path.glob("layer-1-*") if load_statistics(p, model, 1).count == gathered[1].count)
     for source in (str(whole), gathered, {1: gathered[1]}):  # the same numbers, wherever they come from

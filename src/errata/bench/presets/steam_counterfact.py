@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from errata.bench.cases import Case
 from errata.bench.methods import STEAMS, resolved
@@ -76,7 +76,7 @@ def states(context: Context, run: Path) -> None:
     if not common.is_atlas(context.model_name):
         return
     model, tokenizer, world, seed = context.model, context.tokenizer, load_world(), context.seed
-    base, steam = (editor_of(resolved(method, model, context.model_name)) for method in (BASE, STEAM))
+    base, steam = (cast(Any, editor_of(resolved(m, model, context.model_name))) for m in (BASE, STEAM))
     editors, requests = {"ROME": base, "STEAM": steam}, [case.request for case in cases(context)[:SHOWN]]
     aligned, edited = steam.aligned_layers(model), base.layers(model)
     found = anchor_cosines(model, tokenizer, world, requests, editors, seed)
