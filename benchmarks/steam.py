@@ -31,9 +31,9 @@ import errata
 import errata.files
 from errata.atlas.counterfact import attribute_snippets, counterfact_records, counterfact_requests
 from errata.atlas.references import references
-from errata.atlas.requests import request_for
 from errata.atlas.ripple import edited_fact, wordings
 from errata.atlas.world import World, link, load_world
+from errata.bench.alignment import anchor_cosines, object_states
 from errata.bench.data.counterfact import CounterFactRecord
 from errata.bench.fluency import PROTOCOL_CONSISTENCY, PROTOCOL_FLUENCY, TfIdf, consistency, fluency, sample
 from errata.bench.forced import exact
@@ -52,10 +52,9 @@ from errata.editors._contexts import FIXED
 from errata.editors.memit import MEMIT
 from errata.editors.rome import ROME
 from errata.editors.steam import STEAM
-from errata.locate.anchors import Reference, Wanted, anchors_for
+from errata.locate.anchors import Reference
 from errata.locate.figures import save_figure
-from errata.locate.semantics import cosine_figure, cosines, last_states_by_layer, projection_figure
-from errata.model.anatomy import anatomy
+from errata.locate.semantics import cosine_figure, projection_figure
 from errata.model.generate import greedy_answers
 from errata.patch import Patch
 
@@ -355,58 +354,21 @@ def table(rows: Mapping[str, Any]) -> None:
 
 # -- figures ---------------------------------------------------------------------------------------------------------------
 
-OBJECTS = (("citizenship", "Russia"), ("citizenship", "Argentina"), ("mother_tongue", "Arabic"))
-EDITS_PER_OBJECT = 16
-
 
 def draw(model: Any, tokenizer: Any, world: World, known: Sequence[Reference], args: argparse.Namespace) -> None:
     """Both figures, from dev edits; anchors and references are of wordings that no fit saw."""
-    folder, layers = Path(args.figures), range(anatomy(model).n_layers)
-    held = references(world, mark="probe")
+    folder = Path(args.figures)
     requests = counterfact_requests(world, args.n, split="dev", seed=args.seed, neighbours=False, portable=True)
     steam = STEAM(references=known, **ROME_OPTIONS)
-    wanted = [Wanted(request.target_new, request.relation) for request in requests]
-    goals = [anchor.states for anchor in anchors_for(model, tokenizer, wanted, held, layers)]
-    kept = [i for i, goal in enumerate(goals) if goal is not None]
-    requests, anchors = [requests[i] for i in kept], torch.stack([goal for goal in goals if goal is not None])
-    centre = anchors.mean(0)
-    true = {
-        link(r.object): r.prompt for r in reversed(known)
-    }  # a fact with the object, in a wording that was fitted on
-    states = edited_states(model, tokenizer, requests, layers, steam)
-    states["true facts"] = last_states_by_layer(model, tokenizer, [true[link(r.target_new)] for r in requests], layers)
-    curves = {name: (cosines(own, anchors), cosines(own, anchors, centre)) for name, own in states.items()}
+    editors: dict[str, Any] = {"ROME": ROME(**ROME_OPTIONS), "STEAM": steam}
+    curves = anchor_cosines(model, tokenizer, world, requests, editors)
     for name, (raw, centred) in curves.items():
         print(f"{name}: raw {raw.mean(0).tolist()}; centred {centred.mean(0).tolist()}", file=sys.stderr)
     aligned = steam.aligned_layers(model)
     save_figure(cosine_figure(curves, [ROME_OPTIONS["layer"]], aligned), folder / "steam-cosines.png")
-    layer, objects = aligned[-1], {}
-    for relation, target in OBJECTS:
-        facts = [f for f in world.by_relation[relation] if f.split == "dev" and link(f.object) != target]
-        picked = random.Random(args.seed).sample(facts, EDITS_PER_OBJECT)
-        edits = [request_for(world, fact, target) for fact in picked]
-        of = [r.prompt for r in held if r.object == target]
-        there = last_states_by_layer(model, tokenizer, random.Random(0).sample(of, min(len(of), 60)), [layer])[:, 0]
-        moved = edited_states(model, tokenizer, edits, [layer], steam)
-        objects[f"{target} ({relation})"] = {"references": there} | {k: v[:, 0] for k, v in moved.items()}
-    save_figure(
-        projection_figure(objects, "references", f"Residual stream before the object, layer {layer}"),
-        folder / "steam-projection.png",
-    )
-
-
-def edited_states(
-    model: Any, tokenizer: Any, requests: Sequence[EditRequest], layers: Sequence[int], steam: STEAM
-) -> dict[str, torch.Tensor]:
-    """{who: (n, layers, d)} states at the last token of each request's prompt: unedited, and each edit alone."""
-    found = {"unedited": last_states_by_layer(model, tokenizer, [request.text for request in requests], layers)}
-    for name, editor in (("ROME", ROME(**ROME_OPTIONS)), ("STEAM", steam)):
-        rows = []
-        for request, patch in zip(requests, singles(editor.fit(model, tokenizer, requests)), strict=True):
-            with patch.attach(model, tokenizer):
-                rows.append(last_states_by_layer(model, tokenizer, [request.text], layers))
-        found[name] = torch.cat(rows)
-    return found
+    objects = object_states(model, tokenizer, world, aligned[-1], editors, "dev", args.seed)
+    title = f"Residual stream before the object, layer {aligned[-1]}"
+    save_figure(projection_figure(objects, "references", title), folder / "steam-projection.png")
 
 
 def load_results(path: str | None) -> dict[str, Any]:

@@ -3,6 +3,10 @@
     python scripts/published_figures.py [--model gpt2-xl] [--facts PATH] [--counterfact PATH] [--n-facts 100] [--n-edits 50]
         [--noise 0.1] [--statistics NAME] [--dtype float32] [--device-map auto] [--out FILE]
 
+known_1000 is in no repository of the hub that could be verified: get `known_1000.json` from its authors' site and give it by --facts
+(or put it into `data` under ERRATA_CACHE). Without it tracing, hence the total effect, is skipped, and the reason printed says where the
+site is.
+
 Facts are those of known_1000 that the model knows, traced with restored hidden states (Meng et al. 2022, section 2); edits are
 the first of CounterFact under ROME's preset of the model, each alone, without generated contexts of another run. Without
 --statistics C is the identity, as in EasyEdit, which ES hardly feels; the paper's C is of 100,000 documents of Wikipedia.
@@ -83,7 +87,9 @@ def main() -> int:
     """Measure what can be measured, print it beside the published figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="gpt2-xl")
-    parser.add_argument("--facts", help="known_1000.json (default: the data folder)")
+    parser.add_argument(
+        "--facts", help="known_1000.json (default: the data folder; no hub has it, and without it tracing is skipped)"
+    )
     parser.add_argument("--counterfact", help="counterfact.json (default: the data folder, else the hub)")
     parser.add_argument("--n-facts", type=int, default=100)
     parser.add_argument("--n-edits", type=int, default=50)

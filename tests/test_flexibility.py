@@ -9,16 +9,20 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from conftest import tiny_model
+from conftest import SENTENCES, tiny_model
 from errata.bench.flexibility import flexibility, inverse
 from errata.cli import app
 from errata.edit import EditRequest, write_requests
+from errata.editors._weights import statistics_of
 from errata.editors.memit import MEMIT
 from errata.editors.rome import ROME
 from errata.errors import RequestError
+from errata.merge import merge
+from errata.model.statistics import key_statistics
 
 QUICK = {"contexts": "bare", "statistics": None, "steps": 40, "kl": 0.0, "norm": 0.0, "clamp": 50.0}
 PROMPT = "Go and see {}"
+TEXTS = [*SENTENCES, *(f"{a} {b}" for a in SENTENCES for b in SENTENCES)]
 
 
 def requests(old: dict[str, str]) -> list[EditRequest]:
@@ -52,6 +56,24 @@ def test_inverse_and_detach(family: str, method: str, tokenizer: PreTrainedToken
     # the inverse edit is another edit, not an undoing: the model is not back where it was
     assert undone["distance.logits"] > 0.01 and undone["kl.prob"] > 0.0
     assert found["n_prompts"] == 3 + 2 + 2 and found["n_edits"] == 3
+
+
+def test_the_inverse_is_fitted_with_the_first_statistics(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C is not gathered anew after edits, though MEMIT's lower layers change the keys of its higher ones."""
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path))
+    model = tiny_model("gpt2", 3)
+    gathered = key_statistics(model, tokenizer, TEXTS, [0, 1])
+    editor = MEMIT(layers=(0, 1), **{**QUICK, "statistics": "auto"})
+    before = model.transformer.h[0].mlp.c_proj.weight.clone()
+    with merge(editor.fit(model, tokenizer, requests({})), model, tokenizer):
+        there = model.transformer.h[0].mlp.c_proj.weight.clone()
+        again = statistics_of(editor.config, model, tokenizer, [0, 1])
+        assert torch.equal(model.transformer.h[0].mlp.c_proj.weight, there) and not torch.equal(there, before)
+    assert all(torch.equal(again[layer].matrix, gathered[layer].matrix) for layer in (0, 1))
+    found = flexibility(model, tokenizer, editor, requests({}))
+    assert found["restored"] and len(list(tmp_path.glob("**/layer-*"))) == 2
 
 
 def test_the_inverse_of_a_request(tokenizer: PreTrainedTokenizerFast) -> None:

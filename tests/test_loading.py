@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from errata.errors import AnatomyError, BaseMismatchError, ConfigError, ShapeError, UnknownModelError
 from errata.model import loading, tokens
 from errata.model.anatomy import anatomy
-from errata.model.fingerprint import base_of, check_base, tensor_hash, tokenizer_hash
+from errata.model.fingerprint import base_of, check_base, tensor_hash, tokenizer_hash, weights_hash
 from errata.model.hooks import intervene
 from errata.model.states import last_states, states_at
 
@@ -145,6 +145,19 @@ def test_tensor_hash_in_every_dtype(stored: torch.dtype) -> None:
     hashes = {tensor_hash(weights.to(dtype)) for dtype in (torch.float16, torch.bfloat16, torch.float32)}
     assert len(hashes) == 1
     assert tensor_hash(weights * 1.01) not in hashes and tensor_hash(weights.reshape(2, -1)) not in hashes
+
+
+def test_the_bits_of_weights_tell_what_their_hash_forgives(tiny: Tiny) -> None:
+    model, twin, other = tiny("gpt2", layers=2), tiny("gpt2", layers=2), tiny("gpt2", layers=3)
+    assert weights_hash(model) == weights_hash(twin) != weights_hash(other)
+    weights = [m.transformer.h[0].mlp.c_fc.weight for m in (model, twin)]
+    with torch.no_grad():  # trained a little further: less than bfloat16 shows
+        weights[0][0, 0], weights[1][0, 0] = 0.5, 0.5 + 2**-20
+    assert tensor_hash(weights[0]) == tensor_hash(weights[1]) and weights_hash(model) != weights_hash(twin)
+    with torch.no_grad():
+        weights[0][0, 0], weights[1][0, 0] = 0.0, 1e-6
+    assert tensor_hash(weights[0]) == tensor_hash(weights[1]) and weights_hash(model) != weights_hash(twin)
+    assert weights_hash(model.double()) != weights_hash(model.float())
 
 
 def test_another_base_is_refused_by_name(tiny: Tiny, tokenizer: Tokenizer, sentencepiece: Tokenizer) -> None:

@@ -10,16 +10,31 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from errata.bench import makers
+from conftest import tiny_model
+from errata.bench import alignment, makers
 from errata.bench.cases import Case, Probe
 from errata.bench.figures import Point, Series, curves, dots, matrix, radar, styles_of
-from errata.bench.methods import MODEL, resolved
+from errata.bench.methods import MODEL, STEAMS, resolved
 from errata.bench.preset import Context, Method, available_presets, get_preset
-from errata.bench.presets import _claims, lifelong, sake_ot, sake_threshold
+from errata.bench.presets import (
+    _claims,
+    lifelong,
+    reverse,
+    rome_counterfact,
+    sake_context,
+    sake_ot,
+    sake_threshold,
+    steam_counterfact,
+    steam_sweep,
+)
 from errata.bench.presets import _common as common
 from errata.bench.rows import FITS, write_rows
+from errata.bench.worker import editor_of
 from errata.edit import EditRequest
 from errata.editors import available_editors
+from errata.editors.rome import ROME
+from errata.editors.sake import SAKE
+from errata.editors.steam import STEAM
 from errata.errors import ConfigError, RecordError, RequestError
 from errata.model.tokens import token_ids
 
@@ -78,6 +93,14 @@ def test_sizes_are_the_papers(name: str, n: int) -> None:
     assert get_preset(name).published_n == n
 
 
+@pytest.mark.parametrize(("family", "n"), [("gpt2", 7500), ("gptj", 2000)])
+def test_gpt_j_has_the_number_of_its_paper(family: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("errata.bench.data.registry.load_cases", lambda name, **options: asked.update(options) or [])
+    rome_counterfact.cases(Context("some/model", tiny_model(family, 2), None))
+    assert asked["n"] == n
+
+
 @pytest.mark.parametrize(
     "name", ["sake-counterfact", "sake-ripple", "sake-doubt", "sake-context", "sake-qa", "reverse", "steam-sweep"]
 )
@@ -119,6 +142,40 @@ def test_methods_take_what_was_chosen_for_the_model(atlas: Any) -> None:
     assert steam.changes["aligned"] == (4, 5)
     assert steam.changes["layer"] == 2 and steam.changes["lr"] == 9.0
     assert len(Path(str(steam.changes["references"])).read_text().splitlines()) > 5000
+
+
+def test_steam_is_compared_with_its_own_base(atlas: Any) -> None:
+    """What differs between the two rows of a gain is the alignment alone; Atlas's tuned ROME is another one."""
+    editors: dict[str, Any] = {m.label: editor_of(resolved(m, atlas[0], "atlas")) for m in steam_counterfact.METHODS}
+    for aligned, base in steam_counterfact.PAIRS:
+        plain = editors[aligned]._base()
+        assert (plain.method, plain.config) == (editors[base].method, editors[base].config)
+    assert editors["rome-base"].config != editors["rome"].config == ROME.preset("atlas").config
+    assert editors["steam"].config.weight == 20.0
+
+
+def test_on_other_models_the_base_is_rome_with_its_published_strengths() -> None:
+    model = tiny_model("gpt2", 2)
+    found = resolved(Method("b", "rome", preset=STEAMS, changes={"steps": 3}), model, "some/model")
+    assert found.preset is None and dict(found.changes) == {"steps": 3}
+    assert STEAM.presets["gpt2-xl"] == ROME.presets["gpt2-xl"]
+
+
+def test_published_settings_that_fit_the_same_are_one_row() -> None:
+    """Nothing follows from CounterFact's edits in SAKE's published protocols, so its presets differ by a threshold alone."""
+    configs = [SAKE.presets[name] | dict(common.OWN_GATE) for name in ("paper-gpt2-xl-counterfact", "code-counterfact")]
+    assert {k for k in configs[0] if configs[0][k] != configs[1][k]} == {"affirm"}  # read with implications only
+    assert configs[0]["implications"] == "none"
+    labels = [m.label for m in get_preset("sake-counterfact").methods]
+    assert "sake-published" in labels and not {"sake-paper", "sake-code"} & set(labels)
+
+
+def test_reversed_relations_are_drawn_arm_by_arm(atlas: Any) -> None:
+    """So that methods which read no implications are fitted and asked once: the first arm's cases."""
+    cases = reverse.cases(Context("atlas", *atlas, n=2))
+    assert [case.tags["arm"] for case in cases] == ["plain"] * 2 + ["inverses"] * 2
+    assert [case.id.removesuffix("-plain") for case in cases[:2]] == [c.id.removesuffix("-inverses") for c in cases[2:]]
+    assert {m.label: m.most for m in reverse.PRESET.methods} == {"sake": None, "rome": reverse.N, "icl": reverse.N}
 
 
 # -- data ------------------------------------------------------------------------------------------------------------------
@@ -282,7 +339,9 @@ def test_contexts_fill_the_model_and_leave_room_for_the_answer(case: Case, atlas
     model, tokenizer = atlas
     probes = makers.long_contexts(case, model, tokenizer, makers.Pieces.of_atlas())
     assert {p.tags["tokens"] for p in probes} == {"0", "64", "128", "256", "512"}
-    assert {p.tags["context"] for p in probes} == set(makers.CONTEXTS)
+    bare = [p for p in probes if p.tags["tokens"] == "0"]  # asked once, of every kind
+    assert len(bare) == 3 and all(p.tags == {"tokens": "0"} for p in bare) and len(probes) == 3 * (1 + 4 * 3)
+    assert {p.tags["context"] for p in probes if p not in bare} == set(makers.CONTEXTS)
     for probe in probes:
         length = len(token_ids(tokenizer, [probe.prompt])[0])
         wanted = int(probe.tags["tokens"])
@@ -292,6 +351,17 @@ def test_contexts_fill_the_model_and_leave_room_for_the_answer(case: Case, atlas
     behind = [p for p in probes if p.kind == "context" and p.tags["tokens"] == "512"]
     assert all(p.prompt.endswith((case.request.text, "run from")) for p in behind)
     assert all("Sweden" not in p.prompt[: -len("Politically, Sweden is run from")] for p in behind)
+
+
+def test_the_bare_prompt_stands_in_the_line_of_each_kind_of_context(tmp_path: Path) -> None:
+    rows = []
+    for i, (tags, passed) in enumerate(
+        (({"tokens": "0"}, True), *(({"context": k, "tokens": "64"}, k == "facts") for k in makers.CONTEXTS))
+    ):
+        rows += [probe_row(method, "c", i, "context", passed, None) | {"tags": tags} for method in ("unedited", "sake")]
+    table = sake_context.tables(pd.DataFrame(rows), tmp_path)[0]
+    found = {line[0]: [cell.value for cell in line[1:]] for line in table.rows if line[0].startswith("sake")}
+    assert found == {f"sake, {k}": [1.0, float(k == "facts")] for k in makers.CONTEXTS}
 
 
 def test_contexts_of_other_data_are_made_of_its_own_facts(foreign: Case, atlas: Any) -> None:
@@ -389,6 +459,7 @@ def test_accumulated_edits_have_a_line_for_each_method_and_checkpoint_in_the_ord
         line["setting"] = "single" if line["method"] == "unedited" else "sequential"
     frame = pd.DataFrame(rows)
     table, _ = lifelong.tables(frame, tmp_path)
+    assert lifelong.curves_of(frame) is lifelong.curves_of(frame) is not lifelong.curves_of(frame.copy())
     values = {line[0]: [cell if cell is None else round(cell.value, 3) for cell in line[1:]] for line in table.rows}
     assert list(table.columns)[1:] == [
         "first 100 edits", "last 100 edits", "paraphrases", "neighbours kept", "other facts changed", "drawdown"
@@ -527,3 +598,38 @@ def test_figures_draw_gaps_and_refuse_nothing_to_draw() -> None:
         curves({"a": []}, "x", "y")
     with pytest.raises(RequestError):
         radar({"sake": {"A": math.nan}}, ["A"])
+
+
+def test_steam_sweeps_draw_strength_and_depth(tmp_path: Path) -> None:
+    labels = ["unedited", *(m.label for m in (*steam_sweep.STRENGTHS.values(), *steam_sweep.LAYERS))]
+    rows = [probe_row(m, c, 0, "paraphrase", (len(m) + i) % 2 == 0, None) for m in labels for i, c in enumerate("abc")]
+    found = steam_sweep.figures(pd.DataFrame(rows), tmp_path)
+    assert [path.name for path, _ in found] == ["steam-sweep.png", "steam-sweep-depth.png"]
+    assert all(path.stat().st_size > 5000 for path, _ in found)
+    some = pd.DataFrame([row for row in rows if not row["method"].startswith("layers-")])
+    assert [path.name for path, _ in steam_sweep.figures(some, tmp_path)] == ["steam-sweep.png"]
+
+
+@pytest.mark.slow
+def test_where_edited_facts_live_is_drawn_of_the_runs_own_edits(
+    atlas: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alignment, "EDITS_PER_OBJECT", 2)
+    monkeypatch.setattr(steam_counterfact, "SHOWN", 3)
+    bare = {"contexts": ("{}",), "steps": 12}
+    for name in ("BASE", "STEAM"):
+        method = getattr(steam_counterfact, name)
+        monkeypatch.setattr(steam_counterfact, name, replace(method, changes={**method.changes, **bare}))
+    steam_counterfact.states(Context("atlas", *atlas, n=3), tmp_path)
+    about = json.loads((tmp_path / "alignment.json").read_text())
+    assert (about["edits"], about["edited"], about["aligned"]) == (3, [2], [3, 4, 5, 6])
+    centred = {who: found["centred"] for who, found in about["cosines"].items()}
+    assert list(centred) == ["unedited", "ROME", "STEAM", "true facts"]
+    assert centred["ROME"][:2] == pytest.approx(
+        centred["unedited"][:2], abs=1e-5
+    )  # below the edited layer nothing moves
+    assert centred["STEAM"][5] > centred["ROME"][5] > centred["unedited"][5]
+    rows = pd.DataFrame([probe_row(m, "a", 0, "edit", True, None) for m in ("unedited", "steam")])
+    figures = steam_counterfact.figures(rows, tmp_path)
+    assert [path.stem for path, _ in figures] == ["steam-counterfact", "steam-cosines", "steam-projection"]
+    assert all(path.stat().st_size > 5000 for path, _ in figures)

@@ -29,11 +29,12 @@ from errata.errors import (
     SubjectNotFoundError,
     UnstableWriteError,
 )
+from errata.maths import covariance
 from errata.model.anatomy import anatomy
 from errata.model.generate import greedy_answers
 from errata.model.hooks import Capture
 from errata.model.loading import bundled
-from errata.model.statistics import key_statistics
+from errata.model.statistics import key_statistics, load_statistics
 from errata.model.tokens import subject_tokens
 
 Tiny = Callable[..., Any]
@@ -246,6 +247,30 @@ def test_gathered_statistics_are_found(
     assert torch.equal(named.parts[0].V, again.parts[0].V)
     with pytest.raises(ConfigError, match="expected text files, found none at .*missing.txt"):
         rome(statistics="missing.txt").fit(model, tokenizer, REQUESTS)
+
+
+def test_edits_fitted_one_by_one_solve_with_the_same_factors(
+    tiny: Tiny, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("gpt2")
+    gathered, more = (key_statistics(model, tokenizer, texts, [0, 1], cache=tmp_path) for texts in (TEXTS, TEXTS[:60]))
+    made: list[int] = []
+    real = covariance.CholeskySolver.__init__
+
+    def counted(self: Any, C: Tensor, **rest: Any) -> None:
+        made.append(len(C))
+        real(self, C, **rest)
+
+    monkeypatch.setattr(covariance.CholeskySolver, "__init__", counted)
+    _weights._factored.cache_clear()
+    whole = next(p for p in tmp_path.glob("layer-1-*") if load_statistics(p, model, 1).count == gathered[1].count)
+    for source in (str(whole), gathered, {1: gathered[1]}):  # the same numbers, wherever they come from
+        rome(statistics=source, layer=1).fit(model, tokenizer, REQUESTS[:1])
+    assert len(made) == 1
+    rome(statistics=more, layer=1).fit(model, tokenizer, REQUESTS[:1])
+    rome(statistics=gathered, layer=1, jitter=0.1).fit(model, tokenizer, REQUESTS[:1])
+    rome(statistics=gathered, layer=0).fit(model, tokenizer, REQUESTS[:1])
+    assert len(made) == 4
 
 
 def test_singular_statistics_name_the_smallest_eigenvalue(tiny: Tiny, tokenizer: Any) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from conftest import tiny_model
+from conftest import SENTENCES, tiny_model
 from errata.bench import report
 from errata.bench.cases import Case, Probe
 from errata.bench.preset import Context, Method, Preset
@@ -24,12 +24,16 @@ from errata.bench.runner import Plan, Progress, _as_here, _Pace, methods_of, pla
 from errata.bench.store import PatchCache, RunDirectory, difference, file_names
 from errata.bench.worker import Given, Job, Outcome, Worker
 from errata.edit import EditRequest
+from errata.editors import _weights
 from errata.editors.mend import MEND
 from errata.editors.rome import ROME
+from errata.editors.steam import STEAM
 from errata.errors import ConfigError
 from errata.merge import merge
+from errata.model.corpora import Texts
 from errata.model.generate import greedy
 from errata.model.loading import load
+from errata.model.statistics import key_statistics
 
 QUICK = {"contexts": "bare", "statistics": None, "steps": 25, "kl": 0.0, "norm": 0.0, "clamp": 50.0, "layer": 1}
 STEER = {"prompts": 4, "context_prompts": 2, "implications": "none", "lift": False}
@@ -462,6 +466,49 @@ def test_what_an_editor_has_learned_is_in_the_key(place: Path, monkeypatch: pyte
             artefact.write_bytes(learned)
         keys.append(cache.key(MEND(), [request], 0))
     assert len(set(keys)) == 3 and cache.key(MEND(), [request], 0) == keys[2]
+
+
+def test_key_statistics_that_a_fit_finds_are_in_the_key(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ERRATA_CACHE", str(place / "user"))
+    model, tokenizer = load(place / "model")
+    request = cases(None)[0].request  # type: ignore[arg-type]
+    found, none = ROME(**{**QUICK, "statistics": "auto"}), ROME(**QUICK)
+    aligned = STEAM(weight=0.0, **{**QUICK, "statistics": "auto"})
+
+    def keys() -> list[str]:
+        cache = PatchCache(model, tokenizer, place / "cache")
+        return [cache.key(editor, [request], 0) for editor in (found, aligned, none)]
+
+    layer = found.layers(model)[0]
+    texts = [f"{a} {b}" for a in SENTENCES for b in SENTENCES]
+    before = keys()
+    key_statistics(model, tokenizer, texts, [layer])
+    after = keys()
+    assert before[:2] != after[:2] and before[2] == after[2] and len({*before, *after}) == 5
+    key_statistics(model, tokenizer, texts[:-9], [layer])  # fewer: the first are taken, as before
+    assert keys() == after
+
+
+def test_atlas_texts_are_in_the_key(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's sources that write them are not."""
+    model, tokenizer = load(place / "model")
+    request, keys = cases(None)[0].request, []  # type: ignore[arg-type]
+    for revision in ("one", "another"):
+        monkeypatch.setattr(_weights, "own_texts", lambda _, revision=revision: Texts("atlas", list, revision))
+        cache = PatchCache(model, tokenizer, place / "cache")
+        keys.append([cache.key(ROME(**{**QUICK, "statistics": s}), [request], 0) for s in ("auto", None)])
+    assert keys[0][0] != keys[1][0] and keys[0][1] == keys[1][1]
+
+
+def test_a_checkpoint_that_was_trained_a_little_further_is_another_run(place: Path) -> None:
+    found = start(place, "a")
+    model, tokenizer = load(place / "model")
+    before = PatchCache(model, tokenizer, False)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] *= 1 + 2**-20
+    after = PatchCache(model, tokenizer, False)
+    assert before.base == after.base and before.digest != after.digest
+    assert RunDirectory(found.path).read()["spec"]["weights"] == before.digest[:16]
 
 
 def test_the_unedited_model_is_asked_once_over_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from errata.errors import AnatomyError, ConfigError, ShapeError, StatisticsError
 from errata.maths.covariance import CholeskySolver, SecondMoment
 from errata.model import key_pass, statistics
 from errata.model.anatomy import anatomy
-from errata.model.corpora import Texts, dataset_texts, file_texts
+from errata.model.corpora import Texts, dataset_texts, digest, file_texts, own_texts
 from errata.model.hooks import Capture, intervene
 from errata.model.states import evaluating
 from errata.model.statistics import key_statistics, load_statistics
@@ -569,6 +569,14 @@ def test_atlas_texts() -> None:
 
 
 # -- the command ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_texts_of_a_model_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipe.json").write_text('{"architecture": "docket"}')
+    model = SimpleNamespace(config=SimpleNamespace(_name_or_path=str(tmp_path)))
+    first, second = own_texts(model), own_texts(model)
+    assert first is second and first is not None and first.name == "atlas-docket"
+    assert first.revision == digest(first.first())
 
 
 def test_the_command(folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -242,14 +242,25 @@ def test_the_model_is_left_as_found_and_the_patch_comes_off(tiny: Tiny, tokenize
         assert same_parts(editor.fit(model, tokenizer, edits), patch)
 
 
-def test_a_triple_that_the_batch_edits_is_no_reference(tiny: Tiny, tokenizer: Any) -> None:
-    model = tiny("gpt2", layers=3)
-    target, (reference, *_) = own_references(model, tokenizer)
+@pytest.mark.parametrize("base", ["rome", "memit"])
+def test_a_triple_that_is_written_with_an_edit_is_no_reference(base: str, tiny: Tiny, tokenizer: Any) -> None:
+    model = tiny("gpt2", layers=3).double()
+    target, known = own_references(model, tokenizer)
+    reference = known[0]
     own = EDITS[0].model_copy(update={"target_new": target})
     other = EditRequest(prompt="{} lies in", subject=reference.subject, relation="r", target_new="Seattle")
-    editor = STEAM(references=[reference], aligned=(1, 2), least=0, **BARE)
-    assert editor.fit(model, tokenizer, [own]).report[own.id]["anchor"]["used"] == 1
-    assert editor.fit(model, tokenizer, [own, other]).report[own.id]["anchor"]["found"] == 0
+    itself = Reference(own.subject, own.relation, target, own.text)
+    options = {k: v for k, v in BARE.items() if k != "layer"} | (
+        {"layer": 0} if base == "rome" else {"layers": (0, 1), "lam": 1.0}
+    )
+    editor = STEAM(base=base, references=[*known, itself], aligned=(1, 2), least=0, **options)
+    alone, beside = (editor.fit(model, tokenizer, edits) for edits in ([own], [other, own]))
+    found = [patch.report[own.id]["anchor"]["found"] for patch in (alone, beside)]
+    taken = 0 if base == "rome" else sum(r.subject == reference.subject for r in known)
+    assert found == [len(known), len(known) - taken] and len(known) > 1
+    for one, two in zip(alone.only(own.id).low_rank, beside.only(own.id).low_rank, strict=True):
+        same = [torch.allclose(getattr(one, side), getattr(two, side), rtol=1e-9, atol=1e-12) for side in ("U", "V")]
+        assert all(same) is (base == "rome")  # edits of ROME are written each by itself
 
 
 @pytest.mark.atlas

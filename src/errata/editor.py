@@ -69,6 +69,10 @@ class Editor(ABC, Generic[C]):
                 )
         self.config: C = replace(base, **changes)
 
+    def reads(self, model: Any) -> dict[str, Any]:
+        """What a fit on this model reads besides its configuration, as JSON values that name it: what a cache must know."""
+        return {}
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
         """The editor with a named configuration. Raises ConfigError listing the presets."""

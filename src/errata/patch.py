@@ -7,7 +7,7 @@ metadata. No pickle, no class path, no code. `to_bytes` and `from_bytes` are the
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ from errata.errors import PatchFormatError, RequestError, UnsupportedPatchError
 from errata.files import write_atomically
 from errata.low_rank import LowRank
 from errata.low_rank_table import LowRankTable, refuse_present
-from errata.model.attached import CONTEXT, MERGED, STEERED, asked, scoped
+from errata.model.attached import CONTEXT, STEERED, asked, scoped, unmerged
 from errata.model.fingerprint import check_base
 from errata.output_table import OutputPart, OutputTable
 from errata.scope.gate import Gate
@@ -346,8 +346,7 @@ def _edits(parts: Sequence[LowRank]) -> set[str]:
 
 def check_fits(patches: Sequence[Patch], model: Any, tokenizer: Any) -> None:
     """Raise BaseMismatchError if a patch was fitted on another model or tokenizer; merged updates are left out of account."""
-    merged = vars(model).get(MERGED)
-    with merged.undone() if merged is not None else nullcontext():
+    with unmerged(model):
         for base in {json.dumps(patch.base, sort_keys=True): patch.base for patch in patches}.values():
             check_base(base, model, tokenizer)
 

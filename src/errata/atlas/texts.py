@@ -16,7 +16,7 @@ def atlas_texts(
 ) -> Texts:
     """`n` texts that a model of this architecture reads: documents, prompts (t5), claims (bert) or cases (docket).
 
-    The revision is a digest of the very texts (writing them takes a tenth of a second).
+    The revision is a digest of the very texts (writing them takes half a second).
     """
     if architecture == "docket":
         texts = [case.text for case in load_docket().cases(seed, n)]

@@ -64,8 +64,7 @@ def flexibility(
     figures by metric, {value, low, high, n, protocol} for shares; `restored`: whether detaching left every bit as it was.
 
     The inverse edits are fitted by the same editor on the model with the first merged into its weights, and attached on top
-    of them. Their key statistics are the edited model's, where MEMIT's lower layers have changed the keys of its higher ones:
-    name a corpus there, gathered statistics do not fit. The model is left as found. Raises RequestError for a request without
+    of them; their key statistics are the first ones. The model is left as found. Raises RequestError for a request without
     an old object, UnsupportedPatchError for a method that does not edit weights.
     """
     back = [inverse(request) for request in requests]

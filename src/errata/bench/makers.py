@@ -7,7 +7,7 @@ and `fit` phrasings to fit; other data sets have no such wordings, and get frame
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any, Literal
@@ -190,7 +190,8 @@ def long_contexts(
 ) -> tuple[Probe, ...]:
     """The edit's prompt and a paraphrase behind contexts of each kind and length, and a neighbour behind the same ones.
 
-    Tags: context (its kind), tokens (of the whole row, answer included, at most one sentence less; 0 for the bare prompt).
+    Tags: context (its kind), tokens (of the whole row, answer included, at most one sentence less). Prompts that stand bare are of
+    every kind, so they are asked once, without a context's tag; tokens 0.
     lengths: in tokens, by default from none to all that the model has room for. Kinds: "context" for the edit,
     "neighborhood" for the neighbour.
     Raises RecordError for a model without a bound on its context if no lengths are given.
@@ -205,15 +206,22 @@ def long_contexts(
     answers = [f" {text}" for text in (request.target_new, request.target_true or "")]
     own = max(map(len, token_ids(tokenizer, [*inside, *outside])))
     own += max(ANSWER_ROOM, *map(len, token_ids(tokenizer, answers, special=False)))
-    found = []
+    found = list(_behind("", request, inside, outside, tokens="0")) if 0 in lengths else []
     for kind in kinds:
         texts = _sentences(pieces, kind, request, random.Random(f"{seed}|{request.id}|{kind}"))
-        for length in lengths:
+        for length in filter(None, lengths):
             before = _filled(tokenizer, texts, min(length, bound or length) - own)
-            tags = {"context": kind, "tokens": str(length)}
-            found += [object_probe("context", before + prompt, request, **tags) for prompt in inside]
-            found += [Probe("neighborhood", before + prompt, tags=tags) for prompt in outside]
+            found += _behind(before, request, inside, outside, context=kind, tokens=str(length))
     return tuple(found)
+
+
+def _behind(
+    before: str, request: EditRequest, inside: Sequence[str], outside: Sequence[str], **tags: str
+) -> Iterator[Probe]:
+    for prompt in inside:
+        yield object_probe("context", before + prompt, request, **tags)
+    for prompt in outside:
+        yield Probe("neighborhood", before + prompt, tags=tags)
 
 
 def _sentences(pieces: Pieces, kind: ContextKind, request: EditRequest, rng: random.Random) -> list[str]:

@@ -1,8 +1,8 @@
 """Methods as a model has them: strengths that were chosen for it, and references from its own world.
 
 Presets of benchmarks name methods for any model. `preset="model"` stands for the options that `editors._models` has for the
-very model, and for the editor's defaults where it has none; STEAM takes those of its base, and on Atlas references from
-Atlas's facts, which it gets as a file, as any user would give them.
+very model, and for the editor's defaults where it has none; STEAM takes those that its strength was chosen with, and on Atlas
+references from Atlas's facts, which it gets as a file, as any user would give them.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from errata.files import cache_directory, write_atomically
 from errata.model.anatomy import anatomy
 
 MODEL = "model"
+STEAMS = "model-steam"  # ROME's options that STEAM has for the model: what it is compared with
 DEMONSTRATED = 400  # dev facts, over all relations
 LIMITED = "model-l"  # fine-tuning's norm-constrained options for the model
 EPS = 2e-3  # of a model that has none: the published one of the smallest model
@@ -33,8 +34,8 @@ def is_atlas(model_name: str) -> bool:
 def resolved(method: Method, model: Any, model_name: str) -> Method:
     """The method with `preset="model"` replaced by the name of the model's preset, by none, or by STEAM's options.
 
-    `preset="model-l"` is fine-tuning's with a limit on the weights. Any other stays, or becomes the model's own of that name
-    ("grace" that of "atlas-grace").
+    `preset="model-l"` is fine-tuning's with a limit on the weights, "model-steam" ROME's as STEAM has them. Any other stays, or
+    becomes the model's own of that name ("grace" that of "atlas-grace").
 
     STEAM's change "depth", a first and a last share of the layers, becomes the aligned layers of this model.
     """
@@ -42,6 +43,8 @@ def resolved(method: Method, model: Any, model_name: str) -> Method:
 
     row = for_model(model)
     name = row.name if row else model_name
+    if method.preset == STEAMS:
+        return replace(method, preset=None, changes={**get_editor("steam").presets.get(name, {}), **method.changes})
     if method.preset not in (MODEL, LIMITED):
         own = f"{name}-{method.preset}"
         return replace(method, preset=own) if own in get_editor(method.editor).presets else method

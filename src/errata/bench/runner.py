@@ -154,7 +154,7 @@ def run(
     spec = {
         "preset": plan.preset.name,
         "model": plan.model_name,
-        "weights": _digest(patches.base),
+        "weights": patches.digest[:16],
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device_map": plan.device_map,
         "methods": {m.label: {"config": json_config(editors[m.label]), **_method_json(m)} for m in plan.methods},

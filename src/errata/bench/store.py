@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from errata.editor import Editor
 from errata.editors._learned import LearnedEditor
 from errata.errors import ConfigError, PatchFormatError
 from errata.files import cache_directory, write_atomically
-from errata.model.fingerprint import base_of
+from errata.model.attached import unmerged
+from errata.model.fingerprint import base_of, weights_hash
 from errata.patch import Patch, load_patch
 from errata.scope.gate import gate_for
 
@@ -172,11 +174,11 @@ def file_names(labels: Sequence[str]) -> dict[str, str]:
 
 
 class PatchCache:
-    """Patches by what they were fitted from: the model's weights, the requests, the editor with its options, the seed.
+    """Patches by what they were fitted from: the model's weights bit for bit, the requests, the editor with its options and with
+    what it reads besides (key statistics, what it has learned), the seed.
 
     folder: None is `patches` in the user's cache directory, False keeps and finds nothing. What was least recently used goes
-    first when `limit` bytes are exceeded. Key statistics that an editor finds by itself (`statistics="auto"` on a model
-    without a corpus of its own) are not in the key: after gathering others, empty the folder.
+    first when `limit` bytes are exceeded. digest: of the model and its tokenizer.
     """
 
     def __init__(self, model: Any, tokenizer: Any, folder: str | Path | bool | None = None, limit: int = CACHE_LIMIT):
@@ -186,11 +188,15 @@ class PatchCache:
             self.folder = Path(folder) if folder is not None else cache_directory("patches")
         self.limit = limit
         self._asked = model, tokenizer
-        self.base = base_of(model, tokenizer, [name for name, _ in model.named_parameters()])
-        gate = gate_for(model, tokenizer)
+        self._reads: dict[
+            str, dict[str, Any]
+        ] = {}  # what each editor was found to read, so that its files are searched once
+        gate, base = gate_for(model, tokenizer), base_of(model, tokenizer)
+        text = json.dumps([base, weights_hash(model)], sort_keys=True)
+        self.digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         self._identity = {
-            "base": self.base,
-            "name": str(getattr(model.config, "_name_or_path", "")) if self.base["quantised"] else "",
+            "model": self.digest,
+            "name": str(getattr(model.config, "_name_or_path", "")) if base["quantised"] else "",
             "dtype": str(next(model.parameters()).dtype),
             "device": next(model.parameters()).device.type,
             "gate": gate.digest if gate else None,
@@ -198,11 +204,23 @@ class PatchCache:
             "versions": [torch.__version__, transformers.__version__],
         }
 
+    @cached_property
+    def base(self) -> dict[str, Any]:
+        """`base_of` the model, with every weight that a patch could touch."""
+        model, tokenizer = self._asked
+        with unmerged(model):
+            return base_of(model, tokenizer, [name for name, _ in model.named_parameters()])
+
     def key(self, editor: Editor[Any], requests: Sequence[EditRequest], seed: int, before: str = "") -> str:
         """What one fit is kept under. before: the key of the last of the edits that were in the weights already."""
+        config = json_config(editor)
+        name = json.dumps([editor.method, config], sort_keys=True)
+        if name not in self._reads:
+            self._reads[name] = editor.reads(self._asked[0])
         about = {
             "method": editor.method,
-            "config": json_config(editor),
+            "config": config,
+            "reads": self._reads[name],
             "files": _named_files(editor) | self._learned(editor),
             "requests": [request.id for request in requests],
             "seed": seed,
@@ -274,6 +292,14 @@ def code_digest() -> str:
 
 def _named_files(editor: Editor[Any]) -> dict[str, str]:
     """Digests of the files that a configuration names: gates, statistics, texts."""
-    values = [v for value in json_config(editor).values() for v in (value if isinstance(value, list) else [value])]
-    paths = [Path(v) for v in values if isinstance(v, str) and len(v) < 1000 and "\0" not in v]
+    paths = [Path(v) for v in _leaves(json_config(editor)) if isinstance(v, str) and len(v) < 1000 and "\0" not in v]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if inside is None:
+        yield value
+    else:
+        for one in inside:
+            yield from _leaves(one)

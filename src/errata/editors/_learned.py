@@ -11,8 +11,7 @@ import random
 import time
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -27,7 +26,7 @@ from errata.editor import Editor, Progress, quiet
 from errata.editors._value_search import _without_gradients
 from errata.errors import BaseMismatchError, ConfigError
 from errata.files import cache_directory, write_atomically
-from errata.model.attached import MERGED
+from errata.model.attached import unmerged
 from errata.model.fingerprint import base_of, check_base
 from errata.model.loading import bundled
 from errata.patch import _digest, _sorted
@@ -265,14 +264,6 @@ class _Known(Generic[C]):
         """Whether it is of this model, and the file is still the one that was read."""
         same = self.model() is model and self.tokenizer() is tokenizer
         return same and self.path.is_file() and self.path.stat().st_mtime_ns == self.written
-
-
-@contextmanager
-def unmerged(model: Any) -> Iterator[None]:
-    """Inside, edits that were merged into the model's weights are out of them."""
-    merged = vars(model).get(MERGED)
-    with merged.undone() if merged is not None else nullcontext():
-        yield
 
 
 def default_folder(model: Any, tokenizer: Any) -> Path:

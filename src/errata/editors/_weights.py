@@ -1,8 +1,10 @@
 """What the editors of weights share: jobs for the value search, statistics of layers, keys read while updates act, reports."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -26,14 +28,16 @@ from errata.errors import ConfigError, StatisticsError
 from errata.low_rank import LowRank
 from errata.maths.least_squares import Solver
 from errata.model.anatomy import anatomy
+from errata.model.attached import unmerged
 from errata.model.corpora import named_texts, own_texts
 from errata.model.hooks import Capture, ForwardHook, Hooks, first_tensor, with_first_tensor
 from errata.model.room import check_room
 from errata.model.states import input_device
-from errata.model.statistics import KeyStatistics, found_statistics, key_statistics, load_statistics
+from errata.model.statistics import KeyStatistics, found_files, found_statistics, key_statistics, load_statistics
 from errata.model.tokens import pad, token_ids
 
 TEXTS = 100_000  # of a corpus that is named, as published
+KEPT_WIDTH = 4096  # of the widest keys whose factors are kept: 128 MiB each
 Statistics = Mapping[int, KeyStatistics | None]
 
 
@@ -101,6 +105,14 @@ class WeightEditor(Editor[C]):
     needs_subject = True
     place = "local modification"
     how = "optimised"
+
+    @abstractmethod
+    def layers(self, model: Any) -> list[int]:
+        """The edited layers, counted from 0, ascending."""
+
+    def reads(self, model: Any) -> dict[str, Any]:
+        """Which key statistics "auto" finds."""
+        return {"statistics": statistics_found(self.config, model, self.layers(model))}
 
     def job(self, request: EditRequest, contexts: Sequence[str]) -> ValueJob:
         """What the value search has the model say for a request."""
@@ -253,9 +265,28 @@ class Identity:
 def statistics_of(config: WeightConfig, model: Any, tokenizer: Any, layers: Sequence[int]) -> Statistics:
     """{layer: its key statistics} as the configuration names them, None for C = I; layers counted from 0.
 
+    They are the model's without what is merged into its weights: C is not gathered anew after an edit (Meng et al. 2022).
     Raises StatisticsError for statistics of another model or layer, or where there are none; ConfigError.
     """
-    source = config.statistics
+    with unmerged(model):
+        return _statistics_of(config.statistics, model, tokenizer, layers)
+
+
+def statistics_found(config: WeightConfig, model: Any, layers: Sequence[int]) -> Any:
+    """What "auto" stands for on this model: its corpus by name and digest, or a file for each layer, None where there is none.
+
+    None for statistics that the configuration names.
+    """
+    if config.statistics not in ("auto", ("auto",), ["auto"]):
+        return None
+    if texts := own_texts(model):
+        return {"corpus": texts.name, "revision": texts.revision}
+    with unmerged(model):
+        files = found_files(model, layers)
+    return {str(layer): path and path.name for layer, path in files.items()}
+
+
+def _statistics_of(source: Any, model: Any, tokenizer: Any, layers: Sequence[int]) -> Statistics:
     if source is None:
         return dict.fromkeys(layers)
     if isinstance(source, Mapping):
@@ -287,9 +318,25 @@ def solver_of(statistics: KeyStatistics | None, jitter: float | None) -> Solver:
     if statistics is None:
         return Identity()
     try:
-        return statistics.solver(jitter)
+        if statistics.width > KEPT_WIDTH:
+            return statistics.solver(jitter)
+        return _factored(_Known(statistics.moment.digest, statistics), jitter)
     except StatisticsError as error:
         raise StatisticsError(f"layer {statistics.layer}: {error}") from None
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Statistics that compare by their numbers."""
+
+    digest: str
+    statistics: KeyStatistics = field(compare=False)
+
+
+@lru_cache(maxsize=3)
+def _factored(known: _Known, jitter: float | None) -> Solver:
+    """The factors of the last few matrices: edits that are fitted one by one solve with the same C."""
+    return known.statistics.solver(jitter)
 
 
 # -- layers, parts and reports ---------------------------------------------------------------------------------------------

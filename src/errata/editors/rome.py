@@ -84,7 +84,7 @@ class ROME(WeightEditor[ROMEConfig]):
         UnstableWriteError naming the edit whose keys point apart.
         """
         self.check(requests, model, tokenizer)
-        layer = layer_index(model, self.config.layer, rome_layer(model))
+        [layer] = self.layers(model)
         with quiet(model):
             statistics = statistics_of(self.config, model, tokenizer, [layer])
             solver = solver_of(statistics[layer], self.config.jitter)
@@ -105,6 +105,10 @@ class ROME(WeightEditor[ROMEConfig]):
             (part(model, [request.id for request in requests], U, V, layer),),
             {r.id: about | entry(found, i) | {"converged": said[i]} for i, r in enumerate(requests)},
         )
+
+    def layers(self, model: Any) -> list[int]:
+        """The edited layer, counted from 0."""
+        return [layer_index(model, self.config.layer, rome_layer(model))]
 
     def _write(self, solver: Solver, found: ValueResult, i: int, job: ValueJob) -> Factors:
         """Eq. 2 for one edit: U (d, 1) and V (m, 1) with (W + U V^T) k = h + delta (bias included in neither side)."""

@@ -9,7 +9,8 @@ where the anchor of a layer is the mean state of reference triples with the new 
 and h the residual stream of the rewriting prompts at the same position. Key, closed-form write and spreading over layers are
 the base's, and so are the parts that it emits. With lambda 0 the patch is the base's, bit for bit.
 
-References come as data: `STEAM(references=[...])`, or a JSONL file. A triple that the batch itself edits is no reference.
+References come as data: `STEAM(references=[...])`, or a JSONL file. The triple that is edited is no reference, and on MEMIT,
+whose edits are written together, none of the batch's is.
 Without any for an object, contexts that state the edited fact stand in; where the model follows none, the edit is not
 aligned, and its report says so.
 
@@ -123,6 +124,10 @@ class STEAM(Editor[STEAMConfig]):
                 raise ConfigError(f"steam on {self.config.base} has no option {name!r}{hint}")
         self._base()  # what the base refuses is refused here
 
+    def reads(self, model: Any) -> dict[str, Any]:
+        """As the base."""
+        return self._base().reads(model)
+
     def fit(
         self,
         model: Any,
@@ -164,15 +169,22 @@ class STEAM(Editor[STEAMConfig]):
     def _anchors(
         self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], layers: Sequence[int], seed: int
     ) -> list[Anchor]:
-        """One anchor per request, from the references that the requests leave true."""
+        """One anchor per request, from the references that are still true beside what is written with it."""
         config, references = self.config, self._references
         if references is None:
             references = tuple(read_references(config.references)) if config.references else ()
-        edited = {_about(request.subject or "", request.relation) for request in requests}
-        wanted = [Wanted(request.target_new, request.relation, _forced(request, config.least)) for request in requests]
-        kept = (r for r in references if _about(r.subject, r.relation) not in edited)
+        facts = [(request.subject or "", request.relation) for request in requests]
+        wanted = [
+            Wanted(
+                request.target_new,
+                request.relation,
+                _forced(request, config.least),
+                tuple(facts) if self.joint else (own,),
+            )
+            for request, own in zip(requests, facts, strict=True)
+        ]
         how = {name: getattr(config, name) for name in ("count", "strata", "read", "least")}
-        return anchors_for(model, tokenizer, wanted, kept, layers, seed=seed, **how)
+        return anchors_for(model, tokenizer, wanted, references, layers, seed=seed, **how)
 
     def _base(self, layers: Sequence[int] = (), anchors: Mapping[str, Anchor] | None = None) -> WeightEditor[Any]:
         """The base editor with its options, whose objective has the alignment in it if there is an anchor at all."""
@@ -215,7 +227,3 @@ def _forced(request: EditRequest, n: int) -> tuple[Reference, ...]:
     texts = dict.fromkeys(contexts.repeat(request.text, request.target_new, i) for i in frames)
     made = [Reference(subject, request.relation or "context", request.target_new, text) for text in texts]
     return tuple(made) if n else ()
-
-
-def _about(subject: str, relation: str | None) -> tuple[str, str | None]:
-    return subject.casefold().removeprefix("the "), relation

@@ -53,11 +53,15 @@ class Reference:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an edit needs an anchor for. forced: contexts that make a model say the object, for want of references."""
+    """What an edit needs an anchor for. forced: contexts that make a model say the object, for want of references.
+
+    edited: (subject, relation) of the facts that will no longer be true, and are no references for it.
+    """
 
     object: str
     relation: str | None = None
     forced: tuple[Reference, ...] = ()
+    edited: tuple[tuple[str, str | None], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +130,7 @@ def anchors_for(
     by_object: dict[str, list[Reference]] = {}
     for reference in dict.fromkeys(references):
         by_object.setdefault(_name(reference.object), []).append(reference)
-    found = [by_object.get(_name(w.object), []) for w in wanted]
+    found = [_unedited(by_object.get(_name(w.object), []), w.edited) for w in wanted]
     tried = [stratified(own, w.relation, strata, seed)[: TRIED * count] for w, own in zip(wanted, found, strict=True)]
     asked = _Asked(model, tokenizer, layers, read)
     asked.ask(reference for own in tried for reference in own)
@@ -164,6 +168,11 @@ def stratified(references: Sequence[Reference], relation: str | None, strata: St
 def _in_turn(rows: Iterable[Sequence[Reference]]) -> Iterator[Reference]:
     """The first of each row, then the second of each, and so on."""
     return (r for turn in zip_longest(*rows) for r in turn if r is not None)
+
+
+def _unedited(references: Sequence[Reference], edited: Iterable[tuple[str, str | None]]) -> list[Reference]:
+    about = {(_name(subject), relation) for subject, relation in edited}
+    return [r for r in references if (_name(r.subject), r.relation) not in about]
 
 
 def _name(text: str) -> str:

@@ -4,6 +4,8 @@ ROME (section 3.1, Eq. 2) and EMMET need C^-1 k, MEMIT (Eq. 14, 15) needs lambda
 not centred. What is solved is stated: `jitter` is added to the diagonal, and an inverse is never formed.
 """
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -67,6 +69,13 @@ class SecondMoment:
         if not self.count:
             raise StatisticsError("expected at least one key for a second moment, found none; give texts.")
         return self.total.div_(self.count)
+
+    @property
+    def digest(self) -> str:
+        """ "sha256:…" of the sum and the count."""
+        sha = hashlib.sha256(f"{self.count} {self.width}".encode())
+        sha.update(self.total.cpu().numpy().tobytes())
+        return f"sha256:{sha.hexdigest()}"
 
     def update(self, keys: Tensor) -> None:
         """Add keys (n, m) of any float dtype and device; n may be 0.

@@ -4,7 +4,7 @@ A model carries its tables itself, under these names; here nothing is known of e
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 ATTACHED, MERGED = "_errata_low_rank", "_errata_merged"
@@ -51,6 +51,14 @@ def scoped(model: Any, name: str) -> Any:
     """The table of steering or contexts by its name, if it is there and some edit in it has a scope; else None."""
     table = vars(model).get(name)
     return table if table is not None and table.scoped else None
+
+
+@contextmanager
+def unmerged(model: Any) -> Iterator[None]:
+    """Inside, the weights are those from before any merge."""
+    merged = vars(model).get(MERGED)
+    with merged.undone() if merged is not None else nullcontext():
+        yield
 
 
 @contextmanager

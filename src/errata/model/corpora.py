@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -83,7 +84,12 @@ def own_texts(model: Any) -> Texts | None:
     recipe = Path(str(getattr(model.config, "_name_or_path", ""))) / "recipe.json"
     if not recipe.is_file():
         return None
-    architecture = json.loads(recipe.read_text(encoding="utf-8")).get("architecture", "gpt2")
+    return _atlas_texts(json.loads(recipe.read_text(encoding="utf-8")).get("architecture", "gpt2"))
+
+
+@lru_cache(maxsize=2)
+def _atlas_texts(architecture: str) -> Texts:
+    """Written once in a process: every fit of weights that stands alone asks for them, and writing takes half a second."""
     texts: Texts = import_module("errata.atlas.texts").atlas_texts(architecture=architecture)
     return texts
 

@@ -82,6 +82,22 @@ def tensor_hash(tensor: Tensor) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def weights_hash(model: PreTrainedModel) -> str:
+    """ "sha256:…" of every parameter and buffer that is in memory, bit for bit, with their names, dtypes and shapes.
+
+    What tells a checkpoint from one that was trained a little further, where `tensor_hash` means to be the same for one that
+    was loaded in another dtype. Of a quantised model only names count.
+    """
+    digest, quantised = hashlib.sha256(), _quantised(model)
+    for name, tensor in sorted((*model.named_parameters(), *model.named_buffers()), key=lambda named: named[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if not (quantised or tensor.is_meta):
+            flat = tensor.detach().contiguous().reshape(-1)
+            for chunk in torch.split(flat, _CHUNK):
+                digest.update(chunk.view(torch.uint8).cpu().numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """ "sha256:…" of what the tokenizer does: vocabulary, merges, added and special tokens, and the ids of probe texts.
 

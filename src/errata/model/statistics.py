@@ -9,6 +9,7 @@ for are gathered in one pass, which ends before the deepest layer's projection.
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,17 +92,26 @@ def found_statistics(
 
     Raises StatisticsError for a layer of this model of which nothing was gathered.
     """
-    asked = {layer: _from_zero(model, layer) for layer in layers}
-    weights, store, found = weights_up_to(model, sorted(set(asked.values()))), Store(cache), {}
-    for layer, number in asked.items():
-        best = store.of_weights(number, weights[number])
-        if best is None:
+    found = {}
+    for layer, path in found_files(model, layers, cache).items():
+        number = _from_zero(model, layer)
+        if path is None:
             raise StatisticsError(
                 f"expected key statistics of layer {number} of this {anatomy(model).family!r} model, found none; gather them "
                 f"with `errata statistics --layers {number}`, name a corpus, or do without (statistics=None)."
             )
+        best = read(path)
         found[layer] = KeyStatistics(number, best.moment, dict(best.identity))
     return found
+
+
+def found_files(
+    model: PreTrainedModel, layers: Sequence[int], cache: str | os.PathLike[str] | bool | None = None
+) -> dict[int, Path | None]:
+    """{layer: the file that `found_statistics` reads}, named by what it holds; None for a layer of which nothing was gathered."""
+    asked = {layer: _from_zero(model, layer) for layer in layers}
+    weights, store = weights_up_to(model, sorted(set(asked.values()))), Store(cache)
+    return {layer: store.of_weights(number, weights[number]) for layer, number in asked.items()}
 
 
 def key_statistics(

@@ -135,8 +135,8 @@ class Store:
             return None
         return found if found.identity == identity and found.finished is not partial else None
 
-    def of_weights(self, layer: int, weights: str) -> Gathered | None:
-        """The finished statistics of these weights with the most tokens, over whatever corpus; None if there are none."""
+    def of_weights(self, layer: int, weights: str) -> Path | None:
+        """The file of the finished statistics of these weights with the most tokens, over whatever corpus; None if there is none."""
         best: tuple[int, str, Path] | None = None
         for path in self._folder.glob(f"layer-{layer}-*.safetensors") if self._folder else ():
             try:
@@ -145,7 +145,7 @@ class Store:
                 continue  # what cannot be read is not what was asked for
             if header["identity"].get("weights") == weights and header["finished"]:
                 best = max(best or (0, "", path), (int(header["count"]), path.name, path))
-        return read(best[2]) if best else None
+        return best[2] if best else None
 
     def keep(self, gathered: Sequence[Gathered]) -> None:
         """Write each, whole or not at all; a finished one takes the place of its partial."""

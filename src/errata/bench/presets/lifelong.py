@@ -93,6 +93,7 @@ def among(rows: "DataFrame", method: str, edits: int, which: str) -> "DataFrame"
     return pd.concat([own, plain[plain["case"].isin(set(own["case"]))]])
 
 
+@common.kept
 def curves_of(rows: "DataFrame") -> dict[str, dict[str, list[tuple[int, Any]]]]:
     """column -> method -> (edits, rate)."""
     from errata.bench.metrics import score

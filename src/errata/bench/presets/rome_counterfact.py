@@ -9,6 +9,7 @@ from errata.bench.cases import Case
 from errata.bench.methods import LIMITED, MODEL
 from errata.bench.preset import Context, Method, Preset
 from errata.bench.presets import _common as common
+from errata.model.anatomy import anatomy
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 N, PUBLISHED_N = 60, 7500
 UNRELATED = 4  # unrelated texts asked of each edit, the next ones of the next
+FEWER = {"gptj": 2000}  # of the paper's, by family
 # The paper's KE is the one that was retrained beside MEND; -CF: trained on CounterFact.
 BASELINES = (
     Method("ft", "ft", "single", MODEL),
@@ -46,7 +48,8 @@ DRAWDOWN = {"drawdown": "drawdown.nll"}
 
 def cases(context: Context) -> Sequence[Case]:
     """CounterFact's edits with everything that the table scores, and unrelated texts; one free text in two for each edit of Atlas."""
-    drawn = common.draw(context, N, published_n=PUBLISHED_N)
+    published_n = FEWER.get(anatomy(context.model).family, PUBLISHED_N)
+    drawn = common.draw(context, N, published_n=published_n)
     most = {"generation": 5} if common.is_atlas(context.model_name) else {}
     chosen = common.only(drawn, "edit", "paraphrase", "neighborhood", "generation", most=most)
     texts = common.unrelated(context)

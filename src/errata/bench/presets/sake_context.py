@@ -44,7 +44,7 @@ def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     for name, metric in METRICS.items():
         lines = []
         for kind in CONTEXTS:
-            own = common.tagged(rows, context=kind)
+            own = common.tagged_or_untagged(rows, context=kind)
             methods = common.gated(own) if metric.endswith(".gate") else common.labels(own)
             for method in methods:
                 found = by_tag(own, metric, method, "tokens")
@@ -63,7 +63,7 @@ def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:
     for name, metric in METRICS.items():
         panels: dict[str, Sequence[Any]] = {}
         for kind in CONTEXTS:
-            own = common.tagged(rows, context=kind)
+            own = common.tagged_or_untagged(rows, context=kind)
             methods = common.gated(own) if metric.endswith(".gate") else common.labels(own)
             if metric == "specificity.generate":
                 methods = [m for m in methods if m != common.UNEDITED]

@@ -112,15 +112,23 @@ def sweep(rows: "DataFrame", own: "DataFrame", metric: str) -> list[tuple[float,
     return found
 
 
+@common.kept
+def sweeps(rows: "DataFrame", run: Path) -> dict[str, dict[str, list[tuple[float, Any]]]]:
+    """gate -> Gen and Spec -> (threshold, rate)."""
+    return {
+        gate: {letters: sweep(rows, own, metric) for letters, metric in METRICS.items()}
+        for gate, own in by_gate(rows, run).items()
+    }
+
+
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
     """For each gate the threshold with the best sum of both, and what the gate itself chose."""
     from errata.bench.published import REMARKS
     from errata.bench.tables import Table, metric_table
 
     lines: list[list[Any]] = []
-    for name, own in by_gate(rows, run).items():
-        curves = [sweep(rows, own, metric) for metric in METRICS.values()]
-        pairs = list(zip(*curves, strict=True))
+    for name, found in sweeps(rows, run).items():
+        pairs = list(zip(*found.values(), strict=True))
         if not pairs:
             lines.append([name, *[None] * (1 + len(METRICS))])
             continue
@@ -148,8 +156,7 @@ def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:
     from errata.bench.figures import Series, curves
 
     panels, marks = {}, {}
-    for name, own in by_gate(rows, run).items():
-        found = {letters: sweep(rows, own, metric) for letters, metric in METRICS.items()}
+    for name, found in sweeps(rows, run).items():
         if any(found.values()):
             panels[f"{name} gate"] = [
                 Series(letters, tuple(common.point(t, rate) for t, rate in points)) for letters, points in found.items()

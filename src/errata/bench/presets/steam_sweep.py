@@ -38,30 +38,44 @@ def cases(context: Context) -> Sequence[Case]:
 
 
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
-    """A line for each setting; weight 0 is ROME."""
+    """A line for each setting; weight 0 is STEAM's base."""
     from errata.bench.published import REMARKS
     from errata.bench.tables import metric_table
 
     note = (
-        "weight-0 is ROME itself. Depths are shares of the model's layers; strength 20 throughout.\n"
-        + REMARKS["steam-sweep"][0]
+        "weight-0 is STEAM's base, ROME with the same options (rome-base in steam-counterfact). Depths are shares of the "
+        "model's layers; strength 20 throughout.\n" + REMARKS["steam-sweep"][0]
     )
     return [metric_table(rows, "STEAM by strength and by aligned layers", METRICS, note=note), common.cost_table(run)]
 
 
 def figures(rows: "DataFrame", run: Path) -> Sequence[tuple[Path, str]]:
-    """Shares over the strength."""
-    from errata.bench.figures import Series, curves
+    """Shares over the strength, and by the depth of the aligned layers."""
+    from errata.bench.figures import Series, curves, dots
     from errata.bench.metrics import score
 
     there = {w: m.label for w, m in STRENGTHS.items() if m.label in set(rows["method"])}
-    series = []
-    for name, metric in METRICS.items():
-        if metric.endswith(".generate"):
-            found = [(w, score(rows, metric, label)) for w, label in there.items()]
-            series.append(Series(name, tuple(common.point(w, rate) for w, rate in found if rate is not None)))
-    figure = curves({"STEAM on ROME": series}, "strength of the alignment", "per cent", log=True, ticks=list(there))
-    return [(common.picture(run, "steam-sweep", figure), "By the strength of the alignment, with 95 % bands.")]
+    shares, drawn = {name: metric for name, metric in METRICS.items() if metric.endswith(".generate")}, []
+    if there:
+        found = {
+            name: [(w, score(rows, metric, label)) for w, label in there.items()] for name, metric in shares.items()
+        }
+        series = [
+            Series(name, tuple(common.point(w, r) for w, r in own if r is not None)) for name, own in found.items()
+        ]
+        figure = curves({"STEAM on ROME": series}, "strength of the alignment", "per cent", log=True, ticks=list(there))
+        drawn.append((common.picture(run, "steam-sweep", figure), "By the strength of the alignment, with 95 % bands."))
+    deep = [m.label for m in (STRENGTHS[0.0], *LAYERS) if m.label in set(rows["method"])]
+    if set(deep) - set(there.values()):
+        by_depth = common.rates(rows, shares, deep)
+        values = {m: {c: (r.value, r.low, r.high) for c, r in own.items()} for m, own in by_depth.items()}
+        path = common.picture(
+            run, "steam-sweep-depth", dots(values, [c for c in shares if any(c in v for v in values.values())])
+        )
+        drawn.append(
+            (path, "By the depth of the aligned layers, without alignment at the top, with 95 % intervals over edits.")
+        )
+    return drawn
 
 
 PRESET = Preset(
