@@ -168,11 +168,11 @@ class Worker:
         return [about | row for row in rows]
 
     def _unedited(self, questions: list[Any]) -> list[dict[str, Any]]:
-        """What the model says without edits; each prompt is asked once, but for sampled texts."""
+        """What the model says without edits; each prompt is asked once, but for sampled texts: one for each probe, as of edits."""
         from errata.bench.ask import ask
 
-        probes = [(q.probe, q.case if q.probe.kind == SAMPLED else "") for q in questions]
-        keys = [(p.kind, p.prompt, p.expected, p.alternatives, case) for p, case in probes]
+        probes = [(q.probe, (q.case, q.index) if q.probe.kind == SAMPLED else ()) for q in questions]
+        keys = [(p.kind, p.prompt, p.expected, p.alternatives, own) for p, own in probes]
         new = {key: q for key, q in zip(keys, questions, strict=True) if key not in self.answers or key[0] == SAMPLED}
         for key, row in zip(new, ask(self.model, self.tokenizer, list(new.values()), seed=self.seed), strict=True):
             # the others' rows say what it said; a sampled text or a running one is no answer
