@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from conftest import hooks_of, prefix_points, steering_part, tiny_model
+from conftest import hooks_of, prefix_points, steering_part, tiny_model, tiny_other
 from errata.bench import ask as module
 from errata.bench.ask import Question, ask
-from errata.bench.cases import Probe
+from errata.bench.cases import STAY, Kind, Probe
 from errata.bench.rows import SCHEMA
 from errata.edit import EditRequest
 from errata.errors import ConfigError, RequestError
@@ -63,7 +63,7 @@ def questions_of(patches: dict[str, Patch]) -> list[Question]:
         for prompt in PROMPTS:
             asked = [((new, "the"), ("Obama", new)), ((), (new,)), (("French",), ())]
             for expected, alternatives in asked if prompt == PROMPTS[1] else asked[:2]:
-                kind = "edit" if expected else "neighborhood"
+                kind = "edit" if len(expected) == 2 else "neighborhood"  # one that names what is right there
                 probe = Probe(kind, prompt, expected, alternatives)
                 found.append(Question(f"case {edit}", edit, len(found), probe, {"relation": "r"}))
     return found
@@ -110,7 +110,7 @@ def one_by_one(model: Any, tokenizer: Any, question: Question, patch: Patch | No
             [decision] = handle.decide([probe.prompt])
             found |= {"gate": decision.edit or "", "distance": decision.distance, "own_distance": decision.distance}
     kept = cut(text) == cut(before)
-    found["passed"] = any(says(text, name) for name in probe.expected) if probe.expected else kept
+    found["passed"] = kept if probe.kind == "neighborhood" else any(says(text, name) for name in probe.expected)
     return found
 
 
@@ -166,6 +166,51 @@ def test_what_is_attached_is_asked_as_it_stands(model: Any, tokenizer: Any) -> N
             assert near is None or near == row["distance"] < 1e-5
             if question.edit == last:
                 assert row["own_distance"] > row["distance"]
+
+
+@pytest.mark.parametrize("kind", STAY)
+def test_what_should_stay_passes_by_the_unedited_answer_and_not_by_the_name_beside_it(
+    tokenizer: Any, kind: Kind
+) -> None:
+    model = tiny_model("gpt2").double()
+    [text] = greedy(model, tokenizer, [PROMPTS[0]], 4)
+    said = text.split()[0]
+    own = [Probe(kind, PROMPTS[0], ("Mars",)), Probe(kind, PROMPTS[0], (said,)), Probe("edit", PROMPTS[0], ("Mars",))]
+    rows = ask(model, tokenizer, [Question("c", "", i, probe) for i, probe in enumerate(own)])
+    assert [row["passed"] for row in rows] == [True, True, False]
+    unedited = {("c", i): " Something else." for i in range(2)}
+    rows = ask(model, tokenizer, [Question("c", "", i, probe) for i, probe in enumerate(own)], unedited=unedited)
+    assert [row["passed"] for row in rows] == [False, False, False]
+
+
+def test_a_window_keeps_what_stands_behind_the_object_in_any_batch(tokenizer: Any) -> None:
+    model = tiny_model("gpt2").double()
+    [one] = token_ids(tokenizer, [" Tokyo"], special=False)
+    long = " Tokyo" * (120 // len(one))  # of 128 positions
+    probes = [Probe(kind, prompt, ("Rome",)) for prompt in (*PROMPTS, long) for kind in ("edit", "neighborhood")]
+    questions = [Question("c", "", i, probe) for i, probe in enumerate(probes)]
+    short, read = ask(model, tokenizer, questions), ask(model, tokenizer, questions, window=30)
+    assert [r["generated"] for r in ask(model, tokenizer, questions, window=30, batch=1)] == [
+        r["generated"] for r in read
+    ]
+    assert [r["generated"] for r in read[1::2]] == [r["generated"] for r in short[1::2]]
+    for before, row in zip(short[0:8:2], read[0:8:2], strict=True):
+        assert [row["generated"]] == greedy(model, tokenizer, [row["prompt"]], 30)
+        assert row["generated"].startswith(before["generated"]) and len(row["generated"]) > len(before["generated"])
+        assert row["passed"] == before["passed"]
+    [ids] = token_ids(tokenizer, [long])
+    assert [read[8]["generated"]] == greedy(model, tokenizer, [long], 128 - len(ids) + 1)  # as far as there is room
+
+
+def test_an_answer_of_an_encoder_decoder_does_not_depend_on_the_names_beside_it(tokenizer: Any) -> None:
+    model = tiny_other("bart").double()
+    own = Question("c", "", 0, Probe("edit", PROMPTS[0], ("Paris",)))
+    other = Question("c", "", 1, Probe("edit", PROMPTS[1], ("United States " * 8,)))
+    [alone], together = ask(model, tokenizer, [own]), ask(model, tokenizer, [own, other])
+    assert together[0]["generated"] == alone["generated"]
+    assert len(together[1]["generated"]) > len(alone["generated"])
+    [wide] = ask(model, tokenizer, [own], window=30)
+    assert [wide["generated"]] == greedy(model, tokenizer, [PROMPTS[0]], 30)
 
 
 def test_sampled_and_running_text(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Published data sets on invented files: each layout's records and cases, bad rows, contradictions, where files come from."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +94,29 @@ def test_a_counterfact_case(tmp_path: Path) -> None:
     assert condition.prompt == "Danish is spoken in" and condition.expected == portable.expected
     assert first.references == ("A Danish novel.", "A Danish novel.")
     assert second.references == ()  # its new object has no id
+    # Words weigh what they do in the whole file: "danish" is in all of its three texts, ln(4/4) + 1
+    assert first.tfidf is not None and first.tfidf is second.tfidf and first.tfidf.idf["danish"] == 1.0
+    plain, *_ = load_cases("counterfact", path=path)
+    assert plain.references == () and plain.tfidf is None
     assert [case.id for case in load_cases("counterfact", path=tmp_path, n=1)] == ["7"]
+
+
+def test_snippets_and_published_weights_beside_the_file_are_found(tmp_path: Path) -> None:
+    path = saved(tmp_path / "counterfact.json", counterfact(), about("Liber Novus"))
+    samples = [{"name": "Mørke Nætter", "text": "A Danish novel."}]
+    others = [{"name": "B", "text": "A novel."}, {"name": "C", "text": "A bridge."}]
+    groups = [{"relation_id": "P407", "target_id": t, "samples": s} for t, s in (("Q9035", samples), ("Q1", others))]
+    saved(tmp_path / "attribute_snippets.json", *groups)
+    [case] = load_cases("counterfact", path=path, n=1)
+    assert case.references == ("A Danish novel.",) and case.tfidf is not None
+    # of 3 texts "novel" is in 2 and "bridge" in 1, though no case is about it
+    assert case.tfidf.idf["novel"] == pytest.approx(math.log(4 / 3) + 1)
+    assert case.tfidf.idf["bridge"] == pytest.approx(math.log(4 / 2) + 1)
+    np.save(tmp_path / "idf.npy", np.array([7.0, 8.0]))
+    saved_words = {"danish": 1, "novel": 0}
+    (tmp_path / "tfidf_vocab.json").write_text(json.dumps(saved_words))
+    [case] = load_cases("counterfact", path=path, n=1)
+    assert case.tfidf is not None and case.tfidf.idf == {"danish": 8.0, "novel": 7.0}
 
 
 def test_edits_of_one_fact_are_refused_together_and_named(tmp_path: Path) -> None:
@@ -203,6 +226,8 @@ def test_a_ripple_case(tmp_path: Path) -> None:
     assert hop.test == condition.test == "compositionality_i:0"
     assert hop.expected == condition.expected == ("Tarn", "Tarn City")
     assert hop.tags == {"relation": "PLACE_OF_BIRTH", "form": "cloze"}  # no stratum: nothing is known of the fit
+    first, second, *_ = asked(case, "logical_generalization")
+    assert first.expected == ("Cy", "Di") and first.answers == (("Cy",), ("Di",)) and second.answers == ()
     [alias] = asked(case, "subject_aliasing")
     assert (alias.expected, alias.alternatives) == (("Bo Reed",), ("Bo Ash",))
     logical = asked(case, "logical_generalization")

@@ -3,13 +3,14 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from math import log
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from errata.atlas.cases import known_facts
-from errata.atlas.counterfact import attribute_snippets, counterfact_records
+from errata.atlas.counterfact import all_snippets, attribute_snippets, counterfact_records
 from errata.atlas.probes import normal
 from errata.atlas.ripple import bridge_implications, edited_fact, names_in, ripple_records, ripple_requests
 from errata.atlas.world import World, link, load_world
@@ -65,6 +66,16 @@ def test_a_counterfact_case_is_judged_by_everything_and_fitted_by_fit_wordings(
                 assert (probe.expected, probe.alternatives) == ((fact.object,), (case.request.target_new,))
     assert sum(bool(case.references) for case in counterfact) > N / 2
     one_edit_per_fact(counterfact)
+
+
+def test_words_weigh_what_they_do_in_all_that_atlas_says(world: World, counterfact: list[Case]) -> None:
+    """However many cases are drawn; each snippet counts as often as it stands under a relation and object."""
+    [one] = load_cases("atlas-counterfact", n=1, seed=3)
+    assert one.tfidf is not None and one.tfidf is counterfact[0].tfidf
+    texts = [sample.text for group in all_snippets(world) for sample in group.samples]
+    holds = sum("Reykjavík" in text for text in texts)
+    assert one.tfidf.idf["reykjavík"] == pytest.approx(log((1 + len(texts)) / (1 + holds)) + 1)
+    assert len(texts) > 3000 > holds > 0
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])

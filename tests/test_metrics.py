@@ -11,9 +11,12 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from errata.bench import judges
+from errata.bench.cases import STAY
+from errata.bench.fluency import TfIdf
 from errata.bench.glossary import TERMS, term
 from errata.bench.intervals import Rate, wilson
-from errata.bench.metrics import METRICS, by_tag, difference, score
+from errata.bench.metrics import KEPT, METRICS, by_tag, difference, score
 from errata.bench.published import PUBLISHED
 from errata.bench.queries import at_threshold, own_gate, select
 from errata.bench.rows import FITS, SCHEMA, read_fits, read_rows, results, write_rows
@@ -58,7 +61,7 @@ def base(line: dict[str, Any], **changes: Any) -> dict[str, Any]:
 # -- answers -------------------------------------------------------------------------------------------------------------
 
 
-def answered(generated: str, first_token: str = "", **more: Any) -> dict[str, Any]:
+def answered(generated: str, first_token: str | None = "", **more: Any) -> dict[str, Any]:
     return {
         "case": "1",
         "kind": "edit",
@@ -78,6 +81,11 @@ def answered(generated: str, first_token: str = "", **more: Any) -> dict[str, An
         ("first_token_prefix", answered(" ", " "), 0.0),  # an empty token is none
         ("first_token_prefix", answered(" York", " York"), 0.0),
         ("sake_code", answered(" Nome", " N"), 1.0),
+        ("sake_code", answered(" ", " "), 0.0),
+        ("sake_code_ripple", answered(" ", " "), 1.0),  # on RippleEdits an empty token is a match: a fault of its own
+        ("sake_code_ripple", answered(" Nome", " N"), 1.0),
+        ("sake_code_ripple", answered(" York", " York"), 0.0),
+        ("sake_code_ripple", answered(" ", None), 0.0),  # no token was read
         ("free_fixed_len", answered(" New York Mets"), 1.0),  # whatever follows
         ("free_fixed_len", answered(" the New York"), 0.0),
         ("free_natural", answered(" the new york. And"), 1.0),  # case and articles apart
@@ -96,6 +104,49 @@ def answered(generated: str, first_token: str = "", **more: Any) -> dict[str, An
 )  # fmt: skip
 def test_protocols_of_one_answer(protocol: str, line: dict[str, Any], expected: float) -> None:
     assert value(frame(line, base(line)), f"efficacy.{protocol}") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["doubt_i", "doubt_ii"])
+def test_doubts_by_one_token(kind: str) -> None:
+    """SAKE's code: case 1 has one match of two, case 2 one of one; whole objects are said by neither but the last."""
+    lines = [
+        answered(" Nome.", " N", kind=kind),
+        answered(" Boston.", " B", kind=kind, probe=1),
+        answered(" NYC.", " NYC", kind=kind, case="2"),
+    ]
+    rows = frame(*lines, *map(base, lines))
+    assert value(rows, f"{kind}.first_token_prefix") == pytest.approx((1 / 2 + 1) / 2)
+    assert value(rows, f"{kind}.generate") == pytest.approx((0 + 1) / 2)
+
+
+def test_what_the_model_was_made_for() -> None:
+    """Probes of the whole run: each is a case of its own."""
+    lines = [
+        answered(text, text[:2], kind="upstream", case="", probe=i, token_accuracy=share)
+        for i, (text, share) in enumerate(((" New York.", 1.0), (" New York Mets.", 1.0), (" Boston.", 0.5)))
+    ]
+    rows = frame(*lines, *map(base, lines))
+    assert value(rows, "upstream.generate") == pytest.approx(1 / 3)
+    assert value(rows, "upstream.first_token_prefix") == pytest.approx(2 / 3)
+    assert value(rows, "upstream.f1") == pytest.approx((1 + 0.8 + 0) / 3)
+    # {New, York, </s>} on both sides, 2*3/6; against {New, York, Mets, </s>} 2*3/7; the end alone against {Boston, </s>} 2*1/5
+    assert value(rows, "upstream.f1_set") == pytest.approx((1 + 6 / 7 + 2 / 5) / 3)
+    assert value(rows, "upstream.free_natural") == pytest.approx(1 / 3)
+    assert value(rows, "upstream.teacher_forced_token") == pytest.approx(2.5 / 3)
+    assert value(rows, "upstream.teacher_forced_exact") == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("kind", ["reverse", "claim"])
+def test_the_share_of_conditions_that_hold(kind: str) -> None:
+    def test(case: str, name: str, known: bool) -> list[dict[str, Any]]:
+        line = answered(" NYC.", kind=kind, case=case, test=name, probe=int(name))
+        asks = base(line, condition=True, probe=int(name) + 10, generated=" NYC." if known else " Boston.")
+        return [line, base(line, generated=" Boston.", unedited=" Boston."), asks]
+
+    free = answered(" NYC.", kind=kind, case="3", probe=3)  # a test without a condition
+    rows = frame(*test("1", "1", True), *test("1", "2", False), *test("2", "1", True), free, base(free))
+    assert value(rows, f"{kind}_condition.generate") == pytest.approx((1 / 2 + 1) / 2)
+    assert value(rows, f"{kind}.generate") == 1.0
 
 
 def test_grace_f1_scores_a_wrong_word_a_half() -> None:
@@ -234,6 +285,34 @@ def test_published_ripple_leaves_out_edits_that_fail_and_reads_the_prompt() -> N
     assert value(rows, "compositionality_ii.sake_code") == 0.0
     with pytest.raises(RecordError, match="needs rows of kind 'edit'"):
         score(rows[rows["kind"] != "edit"], "compositionality_ii.ripple", "m")
+
+
+def test_a_question_with_several_answers() -> None:
+    """By ours any of them will do; the published runner wants all of them, SAKE's code looks at the first."""
+    answers: dict[str, Any] = {
+        "expected": ["Lisk", "River Lisk", "Mure"],
+        "answers": (("Lisk", "River Lisk"), ("Mure",)),
+    }
+    edit = {
+        "kind": "edit",
+        "expected": ["Varde"],
+        "generated": " Varde.",
+        "p_expected_first": 0.6,
+        "p_alternative_first": 0.1,
+    }
+    lines: list[dict[str, Any]] = []
+    for case, text in (("1", " Mure and the River Lisk."), ("2", " Mure."), ("3", " Lisk.")):
+        lines += [*ripple(case, 1, "a", text, **answers), edit | {"case": case}, base(edit | {"case": case})]
+    rows = frame(*lines)
+    assert value(rows, "compositionality_ii.generate") == pytest.approx(2 / 3)
+    assert value(rows, "compositionality_ii.ripple") == pytest.approx(1 / 3)
+    assert value(rows, "compositionality_ii.sake_code") == pytest.approx(1 / 3)
+    asks = [base(one, condition=True, probe=5) for one in lines if one["kind"] != "edit" and "method" not in one]
+    held = frame(*lines, *asks)  # "Mure." names not every answer, and " Mu" begins the second alone
+    found = score(held, "compositionality_ii.ripple", "m")
+    assert found and (found.value, found.n) == (1.0, 1)
+    found = score(held, "compositionality_ii.sake_code", "m")
+    assert found and (found.value, found.n) == (1.0, 1)
 
 
 def test_aliases_are_counted_where_the_unedited_model_knows_the_old_object() -> None:
@@ -384,6 +463,11 @@ def test_what_should_stay(kind: str, name: str) -> None:
         assert value(rows, "locality.teacher_forced_token") == pytest.approx(0.625)
 
 
+def test_kinds_that_should_stay_are_those_whose_metrics_ask_for_it() -> None:
+    assert set(STAY) == {*KEPT, "fact"}
+    assert all(metric.judge is judges.kept for kind in KEPT for metric in (METRICS[f"{KEPT[kind][0]}.generate"],))
+
+
 def test_collateral_and_drawdown_count_facts_and_texts() -> None:
     def fact(i: int, before: str, after: str) -> list[Any]:
         line = {"case": "", "edit": "", "kind": "fact", "probe": i, "expected": ["Osso"], "generated": after, "unedited": before,
@@ -406,25 +490,28 @@ def test_collateral_and_drawdown_count_facts_and_texts() -> None:
 
 
 def test_fluency_and_consistency() -> None:
+    weights = TfIdf({"varde": 1.0, "river": 2.0, "osso": 1.0, "hill": 1.0})
+    texts = (
+        ("1", "a b a b", "varde river"),
+        ("1", "varde varde varde", "varde river"),
+        ("2", "osso hill", "osso hill"),
+    )
     lines = [
-        {"case": "1", "kind": "generation", "probe": 0, "generated": "a b a b", "references": ("varde river",)},
-        {
-            "case": "1",
-            "kind": "generation",
-            "probe": 1,
-            "generated": "varde varde varde",
-            "references": ("varde river",),
-        },
-        {"case": "2", "kind": "generation", "probe": 0, "generated": "osso hill", "references": ("osso hill",)},
+        {"case": case, "kind": "generation", "probe": i, "generated": text, "references": (about,), "tfidf": weights}
+        for i, (case, text, about) in enumerate(texts)
     ]
     rows = frame(*lines, *map(base, lines))
     # "a b a b": 2-grams ab, ba, ab: H2 = -(2/3 log 2/3 + 1/3 log 1/3); 3-grams aba, bab: H3 = 1. One gram, repeated or not: 0.
     h2 = -(2 / 3 * log2(2 / 3) + 1 / 3 * log2(1 / 3))
     assert value(rows, "fluency.entropy") == pytest.approx(100 * ((h2 / 3 + 2 / 3 + 0) / 2 + 0) / 2)
-    # references of the run: 2 texts, every word in one: all idf equal. Case 1: "varde" alone against (varde, river): 1/sqrt 2
-    assert value(rows, "consistency.tfidf") == pytest.approx(100 * (1 / sqrt(2) + 1) / 2)
-    with pytest.raises(RecordError, match="results"):
-        score(rows.drop(columns="references"), "consistency.tfidf", "m")
+    # "varde" alone against (varde, river), which weigh 1 and 2: 1 / sqrt 5
+    assert value(rows, "consistency.tfidf") == pytest.approx(100 * (1 / sqrt(5) + 1) / 2)
+    alone = rows[rows["case"] == "1"]  # words weigh the same whatever other cases there are
+    assert value(alone, "consistency.tfidf") == pytest.approx(100 / sqrt(5))
+    assert score(rows.assign(tfidf=None), "consistency.tfidf", "m") is None
+    for column in ("references", "tfidf"):
+        with pytest.raises(RecordError, match="results"):
+            score(rows.drop(columns=column), "consistency.tfidf", "m")
 
 
 # -- thresholds, checkpoints, intervals ----------------------------------------------------------------------------------

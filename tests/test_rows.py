@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from errata.bench.cases import Case
+from errata.bench.fluency import TfIdf
 from errata.bench.metrics import difference, score
 from errata.bench.rows import FITS, count, read_cases, read_fits, read_rows, results, write_cases, write_rows
 from errata.bench.rows import SCHEMA as ROWS
@@ -31,7 +32,8 @@ def run(tmp_path: Path) -> Path:
     rows = [
         line(tags={"tokens": "64"}, p_expected=0.25),
         line(probe=1, kind="generation", generated="P is old.", expected=()),
-        line(case="2", edit="e2", tags={"tokens": "256", "form": "cloze"}, expected=("Lund", "City of Lund"), p_expected=0.75),
+        line(case="2", edit="e2", tags={"tokens": "256", "form": "cloze"}, expected=("Lund", "City of Lund"), p_expected=0.75,
+             answers=(("Lund",), ("City of Lund", "Lund town"))),
         line(case="2", edit="e2", probe=1, condition=True, kind="portability", generated=" it's Lund"),
     ]  # fmt: skip
     edited = [line(method="sake", edits=1, generated=" Varde.", gate="e1", passed=True)]
@@ -43,7 +45,8 @@ def run(tmp_path: Path) -> Path:
         {"method": "sake", "case": "2", "edit": "e2", "error": "no wording took"},
     ], FITS)  # fmt: skip
     request = EditRequest(prompt="The capital of {} is", subject="Norland", target_new="Varde", target_true="Osso")
-    write_cases(tmp_path, [Case("1", request, (), ("Varde is a city.",), {"relation": "capital"})])
+    weights = TfIdf({"varde": 1.5, "città": 2.0})
+    write_cases(tmp_path, [Case("1", request, (), ("Varde is a city.",), {"relation": "capital"}, weights)])
     return tmp_path
 
 
@@ -52,6 +55,7 @@ def test_rows_come_back_as_written_units_in_order(run: Path) -> None:
     assert found["case"].tolist() == ["1", "1", "1", "2", "2"]  # sake-0, unedited-2, unedited-10
     assert found["tags"].tolist()[1] == {"tokens": "64"} and found["tags"].tolist()[0] == {}
     assert found["expected"].tolist()[3] == ("Lund", "City of Lund") and found["expected"].tolist()[2] == ()
+    assert found["answers"].tolist()[2:4] == [(), (("Lund",), ("City of Lund", "Lund town"))]
     assert found["p_expected"].tolist()[1:4:2] == [0.25, 0.75] and found["p_expected"].isna().tolist()[0]
     assert read_rows(run, columns=["kind", "probe"]).columns.tolist() == ["kind", "probe"]
     assert len(read_rows(run, limit=2)) == 2
@@ -94,6 +98,7 @@ def test_conditions(run: Path, where: str, n: int) -> None:
         ("passed = maybe", "expected a value of type bool"),
         ("tags = a", "name a tag"),
         ("expected = Lund", "use contains"),
+        ("answers contains Lund", "list of lists"),
         ("edits contains 1", "contains is for texts"),
         ("case in (1, 2", "at the end"),
         ("kind = __import__('os').getcwd()", "expected 'and' or the end"),
@@ -130,6 +135,12 @@ def test_a_failed_fit_counts_as_the_unedited_model_answers(run: Path) -> None:
     assert (one["method"], one["case"], one["generated"], one["setting"]) == ("sake", "2", " Osso.", "single")
     assert (one["edits"], one["gate"]) == (1, "")
     assert found["references"].tolist()[2] == ("Varde is a city.",) and found["references"].tolist()[0] == ()
+    assert {tfidf.idf["città"] for tfidf in found["tfidf"]} == {2.0}
+    (run / "idf.json").unlink()
+    assert results(run)["tfidf"].tolist() == [None] * 6  # a run without weights
+    (run / "idf.json").write_text("[1]")
+    with pytest.raises(RecordError, match="idf.json, but .*run the benchmark again"):
+        results(run)
 
 
 def test_a_failed_case_counts_at_every_checkpoint_whose_span_contains_it(tmp_path: Path) -> None:
@@ -186,6 +197,7 @@ def test_the_command_shows_rows_as_a_table_json_and_csv(run: Path) -> None:
     assert value["total"] == 5 and value["rows"][0] == {"case": "1", "p_expected": None, "tags": {}}
     assert value["rows"][1] == {"case": "1", "p_expected": 0.25, "tags": {"tokens": "64"}}
     assert "2 of 5 rows" in said("--limit", "2").stderr
+    assert "Lund / City of Lund or Lund town" in said("--columns", "answers", "--where", "case = 2").stdout
     assert said("--csv", "--columns", "case,kind", "--where", "edits = 1").stdout == "case,kind\n1,edit\n"
     assert "no wording took" in said("--of", "fits").stdout
     refused = said("--where", "knd = a")

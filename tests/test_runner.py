@@ -536,6 +536,18 @@ def test_the_unedited_model_is_asked_once_over_runs(place: Path, monkeypatch: py
     assert list(read_rows(first.path)["case"])[:6] == ["Needle"] * 3 + ["Tower"] * 3
 
 
+def test_a_prompt_that_is_sampled_from_twice_gives_the_unedited_model_two_texts(place: Path) -> None:
+    """CounterFact repeats generation prompts; an edited model has a text for each of them."""
+    model, tokenizer = load(place / "model")
+    probes = tuple(Probe("generation", "The capital of France is") for _ in range(2))
+    [case, *_] = cases(None)  # type: ignore[arg-type]
+    with Worker(model, tokenizer, [replace(case, probes=probes)], (), ()) as worker:
+        outcome = worker.do(Job("unedited-0000", "ask", "unedited", (0, 1)), Given())
+    assert outcome.rows is not None
+    assert [row["probe"] for row in outcome.rows] == [0, 1]
+    assert len({row["generated"] for row in outcome.rows}) == 2
+
+
 def test_an_outcome_that_is_no_fit_ends_the_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Outcome:
         raise RuntimeError("no room")

@@ -7,10 +7,11 @@ What the records lack is added: the request of each edit with its `fit` prompts 
 import random
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from typing import Literal
 
 from errata.atlas import render
-from errata.atlas.counterfact import attribute_snippets, counterfact_records, counterfact_requests
+from errata.atlas.counterfact import all_snippets, attribute_snippets, counterfact_records, counterfact_requests
 from errata.atlas.docket import edit_stream
 from errata.atlas.kilt import fever_records, zsre_records
 from errata.atlas.requests import under_other_names, update_requests
@@ -21,7 +22,8 @@ from errata.bench.data.counterfact import counterfact_case
 from errata.bench.data.kilt import claim_case, question_case
 from errata.bench.data.ripple import ripple_case
 from errata.bench.data.scotus import scotus_case
-from errata.bench.data.snippets import references
+from errata.bench.data.snippets import references, snippet_tfidf
+from errata.bench.fluency import TfIdf
 from errata.edit import EditRequest, Implication
 from errata.errors import ConfigError
 from errata.locate.facts import KnownFact
@@ -92,7 +94,14 @@ def _split(split: str, name: str) -> Split:
 def _counterfact(world: World, requests: list[EditRequest], seed: int) -> Iterable[Case]:
     records = counterfact_records(world, requests, seed=seed)
     texts = references(attribute_snippets(world, records))
-    return (counterfact_case(record, request, texts) for record, request in zip(records, requests, strict=True))
+    tfidf = _tfidf()
+    return (counterfact_case(record, request, texts, tfidf) for record, request in zip(records, requests, strict=True))
+
+
+@cache
+def _tfidf() -> TfIdf:
+    """What words weigh in all that Atlas's snippets say."""
+    return snippet_tfidf(all_snippets(load_world()))
 
 
 def _ripple(world: World, requests: list[EditRequest], implications: Kept, seed: int) -> Iterable[Case]:

@@ -61,9 +61,19 @@ def attribute_snippets(world: World, records: Iterable[CounterFactRecord], *, mo
     The texts state all facts of an entity, one sentence each, in the relations' first `probe` clozes. The new object itself
     is among the entities if Atlas knows it. A group that would be empty is left out.
     """
-    wanted = dict.fromkeys((r.requested_rewrite.relation_id, r.requested_rewrite.target_new.str_) for r in records)
+    return _snippets(
+        world, ((r.requested_rewrite.relation_id, r.requested_rewrite.target_new.str_) for r in records), most
+    )
+
+
+def all_snippets(world: World, *, most: int = 20) -> list[SnippetGroup]:
+    """The same for each (relation, object) of Atlas: what words weigh is found on all of them, whatever the records are."""
+    return _snippets(world, ((fact.relation, fact.object) for fact in world.facts), most)
+
+
+def _snippets(world: World, pairs: Iterable[tuple[str, str]], most: int) -> list[SnippetGroup]:
     groups = []
-    for relation, target in wanted:
+    for relation, target in dict.fromkeys(pairs):
         holders = [f.subject for f in world.by_relation[relation] if same(f.object, target)][:most]
         itself = [
             f.subject for f in world.by_subject.get(link(target), [])[:1] if answer(world, relation, target).aliases

@@ -3,7 +3,7 @@
 A batch runs its prompts once. That pass gives the first token's figures, the gate's decision and the first word of the answer;
 its keys and values then serve the teacher-forced passes over the expected answer and its alternative, and the greedy steps
 behind them. With patches by edit every row of a batch is edited by its own question's patch alone. An answer is followed until
-its end is certain, so no row depends on what else is in its batch, but for rounding.
+its end is certain, and through the window that is asked for, so no row depends on what else is in its batch, but for rounding.
 
 An encoder-decoder answers a prompt as a whole, and a classifier names a label: these are asked once for their words and once for
 each answer's probability. A patch that cannot act row by row (fine-tuned weights), or of which a batch or more is asked, is
@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.bench.cases import Probe
+from errata.bench.cases import STAY, Probe
 from errata.bench.fluency import sample
 from errata.errors import ConfigError, RequestError
 from errata.model.anatomy import anatomy
 from errata.model.attached import CONTEXT, STEERED, asked, bare, by_row, scoped, without_patches
 from errata.model.generate import cut, ended, greedy, says
-from errata.model.room import check_room
+from errata.model.room import check_room, room
 from errata.model.states import evaluating, input_device
 from errata.model.targets import IGNORED, supervised
 from errata.model.tokens import Batch, continuation_ids, pad, pad_id, token_ids
@@ -36,6 +36,7 @@ from errata.patch import Patch, attach_rows, check_fits
 from errata.steering.parts import Decision, together
 
 OPEN_TOKENS = 12  # of an answer of which nothing is known but that it should stay
+SILENT = ("generation", "unrelated")  # kinds without an answer
 LOGITS = 2**26  # numbers of logits at every position that are held at once
 
 Row = dict[str, Any]
@@ -64,18 +65,20 @@ def ask(
     batch: int = 64,
     wrap: Callable[[str], str] = str,
     figures: bool = True,
+    window: int = 0,
 ) -> list[Row]:
     """A row for each question, in order: the columns of `rows.SCHEMA` from `case` on.
 
     patches: a patch for each edit, under which alone its questions are asked; None: the model as it stands. unedited: what
     the unedited model generates, by (case, index); where it lacks an answer that should stay, the model is asked without
     its patches. wrap: what a prompt goes through first (`errata.model.tokens.wrapper`). figures: False asks for the answers
-    only, and leaves out probabilities and gates.
+    only, and leaves out probabilities and gates. window: how many tokens of an answer are kept at least, whatever they say, unless
+    the text ends: for protocols that read more of it than the object.
 
-    A probe passes if the model says the whole expected object under any of its names by greedy generation, or, where nothing
-    is expected, gives its unedited answer. Kind "generation" is sampled, with the seed, and passes nothing; of kind "unrelated"
-    p_expected is the text's own, and it passes if no bit of its logits is changed. Raises RequestError for an edit without
-    a patch, and for prompts that with their answers are longer than the model's positions.
+    A probe passes if the model says the whole expected object under any of its names by greedy generation, or, where its kind
+    should stay (`cases.STAY`) or nothing is expected, gives its unedited answer. Kind "generation" is sampled, with the seed, and
+    passes nothing; of kind "unrelated" p_expected is the text's own, and it passes if no bit of its logits is changed. Raises
+    RequestError for an edit without a patch, and for prompts that with their answers are longer than the model's positions.
     """
     if by_row(model):
         raise ConfigError(
@@ -88,7 +91,7 @@ def ask(
     run = partial(_apart, model, tokenizer, batch=batch, wrap=wrap)
     answered = _answered if anatomy(model).role == "decoder" else _judged
     tasks: dict[str, Task] = {
-        "": partial(answered, figures=figures),
+        "": partial(answered, figures=figures, window=window),
         "generation": partial(_sampled, seed=seed),
         "unrelated": _unrelated,
     }
@@ -101,22 +104,23 @@ def ask(
         known = {(q.case, q.index): found[i]["generated"] for i, q in enumerate(questions) if _stays(q)} | known
     plain = [q for q in questions if _stays(q) and (q.case, q.index) not in known]
     with without_patches(model):
-        for q, row in zip(plain, run(plain, partial(answered, figures=False), None), strict=True):
+        for q, row in zip(plain, run(plain, partial(answered, figures=False, window=window), None), strict=True):
             known[q.case, q.index] = row["generated"]
     return [_row(q, known.get((q.case, q.index)), found[i]) for i, q in enumerate(questions)]
 
 
 def _stays(question: Question) -> bool:
-    """Whether the unedited model's answer is what is expected."""
-    return not question.probe.expected and question.probe.kind not in ("generation", "unrelated")
+    """Whether the unedited model's answer is what should be given."""
+    probe = question.probe
+    return probe.kind in STAY or (not probe.expected and probe.kind not in SILENT)
 
 
 def _row(question: Question, unedited: str | None, found: Row) -> Row:
     probe = question.probe
-    if probe.kind not in ("generation", "unrelated"):
+    if probe.kind not in SILENT:
         text = found["generated"]
         kept = unedited is not None and cut(text) == cut(unedited)
-        found = found | {"passed": any(says(text, e) for e in probe.expected) if probe.expected else kept}
+        found = found | {"passed": kept if _stays(question) else any(says(text, e) for e in probe.expected)}
     return {
         "case": question.case,
         "edit": question.edit,
@@ -129,6 +133,7 @@ def _row(question: Question, unedited: str | None, found: Row) -> Row:
         "prompt": probe.prompt,
         "expected": list(probe.expected),
         "alternatives": list(probe.alternatives),
+        "answers": [list(names) for names in probe.answers],
         "unedited": unedited,
         **_NOTHING,
         **found,
@@ -172,7 +177,7 @@ def _batches(
     """What the task makes of the questions, prompts of like length together."""
     prompts = [wrap(q.probe.prompt) for q in questions]
     lengths = [len(row) for row in token_ids(tokenizer, prompts)]
-    order = sorted(range(len(prompts)), key=lambda i: lengths[i])
+    order = sorted(range(len(prompts)), key=lambda i: (_stays(questions[i]), lengths[i]))  # windows together as well
     if task is _unrelated and order:
         batch = max(1, min(batch, LOGITS // (lengths[order[-1]] * int(model.config.get_text_config().vocab_size))))
     found: dict[int, Row] = {}
@@ -196,18 +201,20 @@ def _edited(model: Any, tokenizer: Any, own: Sequence[Question], patches: Mappin
 
 
 def _answered(
-    model: Any, tokenizer: Any, questions: Sequence[Question], prompts: Sequence[str], figures: bool = True
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    prompts: Sequence[str],
+    figures: bool = True,
+    window: int = 0,
 ) -> list[Row]:
     """Greedy answers; with figures also the probabilities and what the gates decided."""
     said = asked(model, prompts)
     ids = token_ids(tokenizer, said)
-    names = [(*q.probe.expected, *q.probe.alternatives) for q in questions]
-    limits = [
-        max(limit, OPEN_TOKENS) if _stays(q) else limit
-        for q, limit in zip(questions, _limits(tokenizer, names), strict=True)
-    ]
-    for own, text, limit in zip(ids, said, limits, strict=True):
+    names, least = _names(questions), _limits(tokenizer, questions)
+    for own, text, limit in zip(ids, said, least, strict=True):
         check_room(model, [own], [text], new=limit)
+    windows = _windows(questions, window, [_left(model, own) for own in ids])
     batch = pad(ids, pad_id(tokenizer), input_device(model), "left")
     with _prompts(model, [len(row) for row in ids]):
         inputs: dict[str, Any] = dict(batch.inputs(model))
@@ -231,16 +238,22 @@ def _answered(
                     if tail:
                         row |= {f"p_{which}": exp(sum(logp) / len(logp)), f"p_{which}_first": exp(logp[0])}
                         row |= {"token_accuracy": sum(hits) / len(hits)} if which == "expected" else {}
-        texts = _greedy(model, tokenizer, batch, cache, first, names, limits)
+        texts = _greedy(model, tokenizer, batch, cache, first, names, least, windows)
     return [row | {"generated": text} for row, text in zip(rows, texts, strict=True)]
 
 
 def _judged(
-    model: Any, tokenizer: Any, questions: Sequence[Question], prompts: Sequence[str], figures: bool = True
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    prompts: Sequence[str],
+    figures: bool = True,
+    window: int = 0,
 ) -> list[Row]:
     """The answers of an encoder-decoder or the labels of a classifier; with figures also the probabilities."""
-    names = [(*q.probe.expected, *q.probe.alternatives) for q in questions]
-    texts = greedy(model, tokenizer, prompts, max(_limits(tokenizer, names)), len(prompts))
+    windows = _windows(questions, window, [None] * len(questions))
+    limits = [max(pair) for pair in zip(_limits(tokenizer, questions), windows, strict=True)]
+    texts = greedy(model, tokenizer, prompts, limits, len(prompts))
     rows: list[Row] = [{"generated": text} for text in texts]
     if not figures:
         return rows
@@ -320,11 +333,14 @@ def _forced(
 
 def _greedy(
     model: Any, tokenizer: Any, prompts: Batch, cache: Any, first: Tensor, names: Sequence[Sequence[str]],
-    limits: Sequence[int],
+    limits: Sequence[int], windows: Sequence[int],
 ) -> list[str]:  # fmt: skip
-    """The raw greedy continuation of each prompt, up to the token that makes its answer certain."""
+    """The raw greedy continuation of each prompt, to its end token, or through its window and to the token that makes its answer
+    certain, at most as many as its limit or its window.
+    """
     ends = model.generation_config.eos_token_id
     stops = {int(token) for token in (ends if isinstance(ends, list) else [ends]) if token is not None}
+    most = [max(pair) for pair in zip(limits, windows, strict=True)]
     said: list[list[int]] = [[] for _ in limits]
     texts = [""] * len(said)
     left, token = set(range(len(said))), first.argmax(-1)
@@ -334,7 +350,8 @@ def _greedy(
             if i in left:
                 said[i].append(new)
                 texts[i] = tokenizer.decode(said[i], skip_special_tokens=True)
-                if new in stops or len(said[i]) == limits[i] or _certain(texts[i], names[i]):
+                certain = len(said[i]) >= windows[i] and _certain(texts[i], names[i])
+                if new in stops or len(said[i]) == most[i] or certain:
                     left.remove(i)
         if not left:
             return texts
@@ -347,7 +364,10 @@ def _step(model: Any, prompts: Batch, cache: Any, ids: Tensor, after: Tensor) ->
     inputs = {"input_ids": ids, "attention_mask": torch.cat([prompts.mask, after], 1)}
     if "position_ids" in inspect.signature(model.forward).parameters:
         places = torch.arange(after.shape[1] - ids.shape[1], after.shape[1], device=ids.device)
-        inputs["position_ids"] = prompts.lengths[:, None] + places
+        # A row that is done is fed for as long as others are not; there may be no room left behind it.
+        inputs["position_ids"] = (prompts.lengths[:, None] + places).clamp(
+            max=(room(model) or torch.iinfo(torch.long).max) - 1
+        )
     return model(**inputs, past_key_values=cache, use_cache=True)
 
 
@@ -356,11 +376,29 @@ def _certain(text: str, names: Sequence[str]) -> bool:
     return ended(text) and not any(name.startswith(text.lstrip(" ")) for name in names)
 
 
-def _limits(tokenizer: Any, names: Sequence[Sequence[str]]) -> list[int]:
+def _names(questions: Sequence[Question]) -> list[tuple[str, ...]]:
+    return [(*q.probe.expected, *q.probe.alternatives) for q in questions]
+
+
+def _limits(tokenizer: Any, questions: Sequence[Question]) -> list[int]:
     """How many tokens an answer may have: enough for the longest name and the token behind it that closes it."""
+    names = _names(questions)
     texts = list(dict.fromkeys(f" {name}" for own in names for name in own))
     size = dict(zip(texts, map(len, token_ids(tokenizer, texts, special=False)), strict=True))
-    return [max((size[f" {name}"] + 2 for name in own), default=OPEN_TOKENS) for own in names]
+    least = [0 if q.probe.expected else OPEN_TOKENS for q in questions]
+    return [max([low, *(size[f" {name}"] + 2 for name in own)]) for low, own in zip(least, names, strict=True)]
+
+
+def _windows(questions: Sequence[Question], window: int, left: Sequence[int | None]) -> list[int]:
+    """The window of each answer, no longer than there is room behind its prompt; none where the unedited answer should stay."""
+    wide = [window if most is None else min(window, most) for most in left]
+    return [0 if _stays(q) else own for q, own in zip(questions, wide, strict=True)]
+
+
+def _left(model: Any, ids: Sequence[int]) -> int | None:
+    """How many tokens the model has room for behind these; the last is never fed."""
+    limit = room(model)
+    return None if limit is None else limit - len(ids) + 1
 
 
 def _decided(model: Any, questions: Sequence[Question], prompts: Sequence[str]) -> list[Row]:

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from errata.edit import EditRequest
+
+if TYPE_CHECKING:
+    from errata.bench.fluency import TfIdf
 
 Kind = Literal[
     "edit",  # the edit's own prompt
@@ -31,12 +34,17 @@ Kind = Literal[
     "fact",  # any other fact that the model knows: collateral
 ]
 
+# Kinds that an edit must leave as they are, whatever is right there; a name that stands with one is what its probability is
+# measured for.
+STAY: tuple[Kind, ...] = ("neighborhood", "other_relation", "attribute", "locality", "fact")
+
 
 @dataclass(frozen=True)
 class Probe:
     """One prompt put to a model, and what counts as right.
 
-    expected: names of the right answer, the first the canonical one; empty: what the unedited model says should stay.
+    expected: names of the right answer, the first the canonical one; empty: what the unedited model says should stay. answers: of
+    a question with several answers the names of each, all of which are in `expected`.
     alternatives: answers whose probability is compared with it (the old object first). test: probes of one case with the same
     name are judged together, all of them ("and") or any ("or"). condition: asked of the unedited model; where the conditions
     of a test do not hold, the edit is not to blame for it. tags: strata for tables ("tokens": "256", "relation": "capital").
@@ -50,14 +58,18 @@ class Probe:
     joined: Literal["and", "or"] = "and"
     condition: bool = False
     tags: Mapping[str, str] = field(default_factory=dict)
+    answers: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Case:
-    """An edit and its probes. id: the record's in its data set. references: texts for consistency. tags as a probe's."""
+    """An edit and its probes. id: the record's in its data set. references: texts for consistency; tfidf: what their words weigh
+    in the whole data set. tags as a probe's.
+    """
 
     id: str
     request: EditRequest
     probes: tuple[Probe, ...]
     references: tuple[str, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
+    tfidf: "TfIdf | None" = field(default=None, compare=False, repr=False)

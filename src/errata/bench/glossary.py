@@ -26,7 +26,9 @@ class Term:
 ONE_TOKEN = "one token that begins the answer is a match, so that a lone 'S' matches every answer in S"
 FORCED = "teacher forcing gives away the object's first tokens and its length"
 _PROMPT = "a name counts anywhere in prompt and text, also where the prompt has it; edits that fail are left out"
-_FILTER = f"{ONE_TOKEN}; edits whose first token does not win are left out; only the first query and condition count"
+_FILTER = (
+    f"{ONE_TOKEN}; edits whose first token does not win are left out; only the first query, condition and answer count"
+)
 
 TERMS = (
     Term("ROME", "S", "score, the harmonic mean of ES, PS and NS", "score.prob", "score.prob"),
@@ -52,6 +54,8 @@ TERMS = (
     Term("SAKE", "Spec", "specificity, neighbours as before", "specificity.generate", "specificity.sake_code",
          "the gate sees the edit's own centre alone; neighbours that the unedited model gets wrong are left out; a changed answer "
          "counts as kept while the old object's first token beats the new one's"),
+    Term("SAKE RippleEdits", "Acc", "accuracy on the edit's own prompt", "efficacy.generate", "efficacy.sake_code_ripple",
+         f"a token of spaces alone is a match; {ONE_TOKEN}"),
     Term("SAKE", "CI", "compositionality I, on from the new object", "compositionality_i.generate",
          "compositionality_i.sake_code", _FILTER),
     Term("SAKE", "CII", "compositionality II, through the subject", "compositionality_ii.generate",

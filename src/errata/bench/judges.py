@@ -1,7 +1,8 @@
 """Judges: what counts as right, row by row. Each takes rows and gives an array with a value for each, NaN where it has none.
 
-A row's expected names are one answer under its names, the canonical one first. Without any, what the unedited model said should
-stay. Rows come from `errata.bench.metrics.select`, with the unedited model's outcome of the same probe as `base_...`.
+A row's expected names are one answer under its names, the canonical one first; of a question with several answers those of all,
+and `answers` has each one's. Without any, what the unedited model said should stay. Rows come from
+`errata.bench.metrics.select`, with the unedited model's outcome of the same probe as `base_...`.
 """
 
 import string
@@ -50,10 +51,11 @@ def lost(rows: "DataFrame") -> Array:
 
 
 def contained(rows: "DataFrame") -> Array:
-    """A name of the answer stands anywhere in prompt and continuation; names of one letter do not count, digits do."""
+    """A name of every answer stands anywhere in prompt and continuation; names of one letter do not count, digits do."""
+    read = [f"{prompt}{text}" for prompt, text in zip(_texts(rows["prompt"]), _texts(rows["generated"]), strict=True)]
     return _array(
-        any(name in f"{prompt}{text}" for name in names if len(name) > 1 or name.isdigit())
-        for prompt, text, names in zip(_texts(rows["prompt"]), _texts(rows["generated"]), rows["expected"], strict=True)
+        all(any(name in text for name in names if len(name) > 1 or name.isdigit()) for names in answers)
+        for text, answers in zip(read, _answers(rows), strict=True)
     )
 
 
@@ -73,15 +75,11 @@ def natural(rows: "DataFrame") -> Array:
     )
 
 
-def first_token(rows: "DataFrame", *, empty: bool = False) -> Array:
-    """A name begins with the likeliest next token, spaces stripped: one letter matches all names that begin with it.
-
-    empty: whether a token of spaces alone counts as a match (SAKE's accuracy on RippleEdits).
-    """
-    tokens = [token.strip() for token in _texts(rows["first_token"])]
+def first_token(rows: "DataFrame") -> Array:
+    """A name begins with the likeliest next token, spaces stripped: one letter matches all names that begin with it."""
     return _array(
-        (bool(token) or empty) and any(name.startswith(token) for name in names) if names else np.nan
-        for token, names in zip(tokens, rows["expected"], strict=True)
+        bool(token) and any(name.startswith(token) for name in names) if names else np.nan
+        for token, names in zip(_stripped(rows["first_token"]), rows["expected"], strict=True)
     )
 
 
@@ -174,6 +172,17 @@ def closed(rows: "DataFrame") -> Array:
 # -- SAKE's code ---------------------------------------------------------------------------------------------------------
 
 
+def first_token_or_none(rows: "DataFrame") -> Array:
+    """`first_token`, for which a token of spaces alone is a match too: every name begins with nothing."""
+    blank = np.array([not token for token in _stripped(rows["first_token"])], dtype=bool)
+    return np.where(blank & rows["first_token"].notna().to_numpy(), 1.0, first_token(rows))
+
+
+def token_of_first(rows: "DataFrame") -> Array:
+    """`first_token`, of the names of the first of several answers alone."""
+    return first_token(rows.assign(expected=[answers[0] for answers in _answers(rows)]))
+
+
 def specificity_of_sake(rows: "DataFrame") -> Array:
     """Gate closed, or the new object's first token less probable than the old one's; NaN where the unedited model prefers
     the new one. The row's expected object is the old one, its alternative the new one.
@@ -183,8 +192,8 @@ def specificity_of_sake(rows: "DataFrame") -> Array:
 
 
 def relations_of_sake(rows: "DataFrame") -> Array:
-    """Gate closed, or a first-token prefix match."""
-    return np.where(closed(rows) == 1, 1.0, first_token(rows))
+    """Gate closed, or a first-token prefix match with the first answer."""
+    return np.where(closed(rows) == 1, 1.0, token_of_first(rows))
 
 
 def alias_of_sake(rows: "DataFrame") -> Array:
@@ -197,8 +206,8 @@ def alias_of_sake(rows: "DataFrame") -> Array:
             "expected rows of the same method with its gate always open, found none; "
             "name them: score(..., ungated='the label of that method')."
         )
-    passes = first_token(rows.assign(first_token=rows["ungated_first_token"]))
-    return np.where(passes == 1, first_token(rows), np.nan)
+    passes = token_of_first(rows.assign(first_token=rows["ungated_first_token"]))
+    return np.where(passes == 1, token_of_first(rows), np.nan)
 
 
 # -- texts ---------------------------------------------------------------------------------------------------------------
@@ -212,23 +221,29 @@ def entropy(rows: "DataFrame") -> Array:
 
 
 def consistency(rows: "DataFrame") -> Array:
-    """TF-IDF cosine x 100 of all texts of the row's case with the case's references, whose words are weighed over all cases'.
+    """TF-IDF cosine x 100 of all texts of the row's case with the case's references, by the weights of the run's data set.
 
-    NaN for cases without references. Raises RecordError for rows without them (see `errata.bench.rows.results`).
+    NaN for cases without references, and for runs without weights. Raises RecordError for rows without these columns (see
+    `errata.bench.rows.results`).
     """
-    from errata.bench.fluency import TfIdf
     from errata.bench.fluency import consistency as cosine
 
-    if "references" not in rows and len(rows):
+    if not {"references", "tfidf"} <= set(rows) and len(rows):
         raise RecordError("expected rows with their cases' references, found none; read them with `results(run)`.")
-    known = {text for texts in rows.get("references", ()) for text in texts}
-    if not known:
-        return np.full(len(rows), np.nan)
-    tfidf, found = TfIdf.of(sorted(known)), {}
+    found = {}
     for case, own in rows.groupby("case"):
-        references = own["references"].iloc[0]
-        found[case] = cosine(_texts(own["generated"]), references, tfidf) if references else np.nan
+        references, tfidf = own["references"].iloc[0], own["tfidf"].iloc[0]
+        found[case] = cosine(_texts(own["generated"]), references, tfidf) if references and tfidf else np.nan
     return rows["case"].map(found).to_numpy(dtype=float)
+
+
+def _answers(rows: "DataFrame") -> list[tuple[tuple[str, ...], ...]]:
+    """Of each row the names of each of its answers."""
+    return [several or (names,) for several, names in zip(rows["answers"], rows["expected"], strict=True)]
+
+
+def _stripped(tokens: "Series") -> list[str]:
+    return [token.strip() for token in _texts(tokens)]
 
 
 def _texts(column: "Series") -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from errata.bench import judges
+from errata.bench.cases import STAY
 from errata.bench.intervals import TINY, Array, Rate, Unit, bootstrap, means, wilson
 from errata.bench.queries import Judge, Metric, PassRate, select
 from errata.errors import ConfigError, RecordError
@@ -172,13 +173,14 @@ KEPT: dict[str, tuple[str, str]] = {
 # What counts as right, beside ours. The last four are F.5's protocols, by the names that they have there.
 PROTOCOLS: dict[str, tuple[Judge, str, str]] = {
     "first_token_prefix": (judges.first_token, "the object begins with the likeliest next token", "SAKE"),
-    "f1": (judges.f1, "F1 of words, as bags, of the greedy answer and the object", ""),
-    "f1_set": (judges.f1_set, "F1 of distinct words over lengths, an end of text included", "GRACE"),
+    "f1": (judges.f1, "F1 of words, as bags, of the greedy answer (30 tokens, up to a natural stop) and the object", ""),
+    "f1_set": (judges.f1_set, "F1 of distinct words of the same over lengths, an end of text included", "GRACE"),
     "teacher_forced_token": (judges.tokens, "share of the object's tokens that are likeliest, teacher-forced", "EasyEdit"),
     "teacher_forced_exact": (judges.exact, "every token of the object is likeliest, teacher-forced", "MEMIT"),
     "free_fixed_len": (judges.begins, "the greedy text begins with the object's letters, whatever follows", "EasyEdit"),
-    "free_natural": (judges.natural, "the greedy answer up to its natural stop is the object, normalised", "Mirage"),
+    "free_natural": (judges.natural, "the greedy answer (30 tokens, up to a natural stop) is the object, normalised", "Mirage"),
 }  # fmt: skip
+WHOLE_TEXT = ("f1", "f1_set", "free_natural")  # read on behind the object, as probes that should stay are not asked to
 MEAN, HELD = "mean over an edit's tests, then over edits", "conditions hold on the unedited model"
 
 
@@ -202,6 +204,8 @@ def _made() -> "dict[str, Metric]":
         elif kind != "locality":
             add(f"{name}.generate", f"whole object, greedy{text}{skipped}", kind, **options)
         for protocol, (judge, words, paper) in PROTOCOLS.items():
+            if kind in STAY and protocol in WHOLE_TEXT:
+                continue
             add(f"{name}.{protocol}", f"{words}{text}{skipped}", kind, judge=judge, paper=paper, **options)
         gate = judges.closed if kind in ("relation_specificity", "forgetfulness", "locality") else judges.own_open
         stays = "no gate is open" if gate is judges.closed else "the gate of the edit itself is open"
@@ -215,23 +219,26 @@ def _made() -> "dict[str, Metric]":
         if ripple:
             add(f"{name}.generate_succeeded", f"whole object, greedy, of edits that succeed on their own prompt{text}{skipped}",
                 kind, succeeded=judges.whole, **options)  # fmt: skip
-            add(f"{name}.ripple", f"a name anywhere in prompt and text, of edits whose own prompt passes the same; {where}; "
-                f"{HELD}; {MEAN}", kind, judge=judges.contained, asks=judges.contained, succeeded=judges.contained,
-                paper="RippleEdits")  # fmt: skip
+            add(f"{name}.ripple", "a name of every answer anywhere in prompt and 30 tokens of text (published: as many more as "
+                f"the prompt has characters), of edits whose own prompt passes the same; {where}; {HELD}; {MEAN}", kind,
+                judge=judges.contained, asks=judges.contained, succeeded=judges.contained, paper="RippleEdits")  # fmt: skip
     add("portability.generate_known", f"whole object, greedy; {HELD}; {MEAN}", "portability")
 
     sake: dict[str, Any] = {"paper": "SAKE", "pooled": True}
-    code: dict[str, Any] = sake | {"conditions": "first", "asks": judges.first_token, "first": True,
+    code: dict[str, Any] = sake | {"conditions": "first", "asks": judges.token_of_first, "first": True,
                                    "succeeded": judges.preferred_first}  # fmt: skip
-    of_code = "first query, first condition, prefix of one token; of edits whose new object's first token beats the old one's; pooled"
+    won = "of edits whose new object's first token, space included (released: without it), beats the old one's"
+    of_code = f"first query, first condition, first answer, prefix of one token; {won}; pooled"
     for kind in ("compositionality_i", "compositionality_ii"):
-        add(f"{kind}.sake_code", of_code, kind, judge=judges.first_token, **code)
+        add(f"{kind}.sake_code", of_code, kind, judge=judges.token_of_first, **code)
     add("relation_specificity.sake_code", f"the gate of the edit's own centre closed, or: {of_code}", "relation_specificity",
         judge=judges.relations_of_sake, own_gate=True, **code)  # fmt: skip
     add("subject_aliasing.sake_code", "prefix of one token, of aliases that the edit answers with its gate always open (a "
-        "circular filter: how often the gate opens); of edits whose new object's first token beats the old one's; pooled",
-        "subject_aliasing", judge=judges.alias_of_sake, **code | {"conditions": "none", "ungated": True})  # fmt: skip
+        f"circular filter: how often the gate opens); {won}; pooled", "subject_aliasing",
+        judge=judges.alias_of_sake, **code | {"conditions": "none", "ungated": True})  # fmt: skip
     add("efficacy.sake_code", "prefix of one token, on the edit's own prompt", "edit", judge=judges.first_token, **sake)
+    add("efficacy.sake_code_ripple", "prefix of one token, also of one of spaces alone, on RippleEdits' own prompt", "edit",
+        judge=judges.first_token_or_none, **sake)  # fmt: skip
     add("generalization.sake_code", "prefix of one token, on paraphrases, pooled", "paraphrase",
         judge=judges.first_token, **sake)  # fmt: skip
     add("specificity.sake_code", "the gate of the edit's own centre closed, or the new object's first token less probable than "
@@ -274,8 +281,8 @@ def _made() -> "dict[str, Metric]":
 
     add("fluency.entropy", "a third of the 2-gram and two thirds of the 3-gram entropy, bits x 100; mean over an edit's "
         "texts, prompts included, then over edits", "generation", judge=judges.entropy, unit="points")  # fmt: skip
-    add("consistency.tfidf", "cosine of TF-IDF vectors of all generated and all reference texts, x 100, words weighed over the "
-        "run's references; mean over edits", "generation", judge=judges.consistency, unit="points")  # fmt: skip
+    add("consistency.tfidf", "cosine of TF-IDF vectors of all generated and all reference texts, x 100, words weighed over all "
+        "of the data set's; mean over edits", "generation", judge=judges.consistency, unit="points")  # fmt: skip
     add("drawdown.nll", "nats per token by which running text becomes less probable than in the unedited model; mean over texts, of each "
         "edit where it is asked by itself",
         "unrelated", judge=judges.drawdown, unit="nats", better="lower")  # fmt: skip

@@ -1,7 +1,7 @@
 """Rows: one for each probe's outcome, in Parquet. Every table, interval and figure is a query over rows.
 
 A run's directory has them in `units/*.parquet`, its fits in `fits/*.parquet`, and what probes lack of their cases (requests,
-references) in `cases.jsonl`.
+references) in `cases.jsonl`, with what words weigh in their data set in `idf.json`.
 """
 
 import io
@@ -23,6 +23,8 @@ from errata.files import write_atomically
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from errata.bench.fluency import TfIdf
+
 TAGS = pa.map_(pa.string(), pa.string())
 
 SCHEMA = pa.schema(
@@ -43,6 +45,7 @@ SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("expected", pa.list_(pa.string())),
         ("alternatives", pa.list_(pa.string())),
+        ("answers", pa.list_(pa.list_(pa.string()))),  # names of each answer, where there are several; else empty
         ("generated", pa.string()),  # greedy continuation; for kind "generation" the sampled text, prompt included
         ("first_token", pa.string()),  # text of the likeliest next token
         ("unedited", pa.string()),  # the unedited model's greedy continuation
@@ -58,7 +61,9 @@ SCHEMA = pa.schema(
         ),  # id of the edit whose gate was open at the prompt's end, empty for none, null without gates
         ("distance", pa.float64()),  # to the nearest edit's centre, in its gate's unit; null without gates
         ("own_distance", pa.float64()),  # to the centre of the case's own edit
-        ("passed", pa.bool_()),  # by our default protocol: the whole object, or the unedited answer kept
+        # By our default protocol: of a kind that should stay (`cases.STAY`), or without an expected object, the unedited answer is
+        # kept; of any other the whole object is said.
+        ("passed", pa.bool_()),
     ]
 )
 FITS = pa.schema(
@@ -124,7 +129,12 @@ def read_fits(run: str | Path, where: str | None = None, columns: Sequence[str] 
 
 
 def write_cases(run: str | Path, cases: Iterable[Case]) -> None:
-    """Write `cases.jsonl`: of each case its id, request, references and tags."""
+    """Write `cases.jsonl`: of each case its id, request, references and tags; and `idf.json`, the weights of their data set, where
+    it has any.
+    """
+    cases = list(cases)
+    if (tfidf := tfidf_of(cases)) is not None:
+        write_atomically(Path(run) / "idf.json", json.dumps(dict(tfidf.idf), ensure_ascii=False) + "\n")
     lines = (
         json.dumps(
             {
@@ -138,6 +148,24 @@ def write_cases(run: str | Path, cases: Iterable[Case]) -> None:
         for case in cases
     )
     write_atomically(Path(run) / "cases.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def tfidf_of(cases: Iterable[Case]) -> "TfIdf | None":
+    """What words weigh in the data set that the cases are of; None where it has no reference texts."""
+    return next((case.tfidf for case in cases if case.tfidf is not None), None)
+
+
+def read_tfidf(run: str | Path) -> "TfIdf | None":
+    """The weights that `write_cases` wrote; None where there are none. Raises RecordError for a damaged file."""
+    from errata.bench.fluency import TfIdf
+
+    path = Path(run) / "idf.json"
+    if not path.is_file():
+        return None
+    try:
+        return TfIdf({word: float(idf) for word, idf in json.loads(path.read_text(encoding="utf-8")).items()})
+    except (ValueError, AttributeError, TypeError) as error:
+        raise RecordError(f"expected {{word: weight}} in {path}, but {error!r}; run the benchmark again") from None
 
 
 def read_cases(run: str | Path) -> dict[str, dict[str, Any]]:
@@ -155,15 +183,15 @@ def read_cases(run: str | Path) -> dict[str, dict[str, Any]]:
 def results(run: str | Path) -> "DataFrame":
     """The rows of a run as metrics take them: every row, and three columns more.
 
-    references: of rows of kind "generation", the case's reference texts. radius: of the scope of the row's own edit, NaN without
-    one. failed: whether the fit of the row's edit failed.
+    references: of rows of kind "generation", the case's reference texts; tfidf: the weights of the run's data set. radius: of the
+    scope of the row's own edit, NaN without one. failed: whether the fit of the row's edit failed.
     A failed fit leaves the model as it is; wherever the run did not ask it again, the unedited model's answers stand in, so that
     no method gains by failing and no case is lost.
     """
     rows, fits = read_rows(run), read_fits(run)
     radius = dict(zip(zip(fits["method"], fits["edit"], strict=True), fits["radius"], strict=True))
     rows = rows.assign(radius=[radius.get(key, nan) for key in zip(rows["method"], rows["edit"], strict=True)])
-    return with_references(with_failed(rows, fits), read_cases(run))
+    return with_references(with_failed(rows, fits), read_cases(run)).assign(tfidf=read_tfidf(run))
 
 
 def with_failed(rows: "DataFrame", fits: "DataFrame") -> "DataFrame":
@@ -257,7 +285,9 @@ def _frame(table: pa.Table) -> "DataFrame":
     frame = table.to_pandas(strings_to_categorical=False)
     for field in table.schema:
         if pa.types.is_list(field.type):
-            frame[field.name] = [() if v is None else tuple(v) for v in table[field.name].to_pylist()]
+            nested = pa.types.is_list(field.type.value_type)
+            values = table[field.name].to_pylist()
+            frame[field.name] = [tuple(map(tuple, v or ())) if nested else tuple(v or ()) for v in values]
         elif pa.types.is_map(field.type):
             frame[field.name] = [dict(v or ()) for v in table[field.name].to_pylist()]
         elif pa.types.is_boolean(field.type) and table[field.name].null_count == 0:

@@ -38,7 +38,7 @@ from errata.bench.data.registry import first_of_each_fact
 from errata.bench.engines import Engine, LocalEngine, WorkerPlan
 from errata.bench.methods import inapplicable, is_atlas, resolved
 from errata.bench.preset import Context, Method, Preset, unfit
-from errata.bench.rows import UNEDITED, write_cases
+from errata.bench.rows import UNEDITED, tfidf_of, write_cases
 from errata.bench.store import PatchCache, RunDirectory, file_names, json_config
 from errata.bench.worker import MAKING, Given, Job, Outcome, Worker, editor_of
 from errata.errors import ConfigError, EditError
@@ -151,6 +151,7 @@ def run(
     _different("cases", "id", [case.id for case in cases])
     world = list(plan.preset.world(context)) if plan.preset.world is not None else []
     patches = PatchCache(model, tokenizer, cache)
+    weights = [dict(tfidf.idf)] if (tfidf := tfidf_of(cases)) is not None else []
     spec = {
         "preset": plan.preset.name,
         "model": plan.model_name,
@@ -164,7 +165,7 @@ def run(
         "asked_n": plan.n,
         "n": len(cases),
         "seed": plan.seed,
-        "cases": _digest([_case_json(case) for case in cases] + [_json(probe) for probe in world]),
+        "cases": _digest([_case_json(case) for case in cases] + [_json(probe) for probe in world] + weights),
         "checkpoints": list(plan.preset.checkpoints),
         "every": plan.preset.every,
         "most": plan.preset.most,
@@ -419,7 +420,7 @@ def _json(value: Any) -> dict[str, Any]:
 
 
 def _case_json(case: Case) -> dict[str, Any]:
-    return _json(replace(case, probes=())) | {
+    return _json(replace(case, probes=(), tfidf=None)) | {
         "request": json.loads(case.request.to_json()),
         "probes": [_json(probe) for probe in case.probes],
     }

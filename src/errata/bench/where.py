@@ -65,6 +65,8 @@ def _test(tokens: list[str], schema: pa.Schema, where: str) -> Any:
         if sign != ")":
             raise ConfigError(f"expected ',' or ')', found {sign!r} in {where!r}")
         return column.isin(pa.array(values, kind))
+    if pa.types.is_list(kind) and pa.types.is_list(kind.value_type):
+        raise ConfigError(f"{name} is a list of lists, which can be shown but not asked about; ask about expected")
     if operator == "contains" and pa.types.is_list(kind):
         joined = pc.binary_join(
             column, "\x1f"

@@ -30,6 +30,7 @@ from errata.steering.parts import Steering
 SAMPLED = "generation"
 MAKING = ("fit", "chain", "stream")  # kinds of jobs that make patches for others
 NO_ANSWER = (SAMPLED, "unrelated")
+WINDOW = 30  # tokens of an answer that are kept for RippleEdits, F1 and other protocols that read more than the object
 SPEED_PROMPTS, SPEED_TOKENS, SPEED_ROUNDS = 32, 16, 3
 
 
@@ -164,22 +165,24 @@ class Worker:
             about = {"method": UNEDITED, "setting": "single", "edits": 0}
             return [about | row for row in self._unedited(questions)]
         about = {"method": job.method, "setting": self.methods[job.method].setting, "edits": job.edits}
-        rows = ask(self.model, self.tokenizer, questions, unedited=given.unedited, seed=self.seed, **options)
+        options |= {"seed": self.seed, "window": WINDOW}
+        rows = ask(self.model, self.tokenizer, questions, unedited=given.unedited, **options)
         return [about | row for row in rows]
 
     def _unedited(self, questions: list[Any]) -> list[dict[str, Any]]:
-        """What the model says without edits; each prompt is asked once, but for sampled texts."""
+        """What the model says without edits; each prompt is asked once, but for sampled texts: one for each probe, as of edits."""
         from errata.bench.ask import ask
 
-        probes = [(q.probe, q.case if q.probe.kind == SAMPLED else "") for q in questions]
-        keys = [(p.kind, p.prompt, p.expected, p.alternatives, case) for p, case in probes]
+        probes = [(q.probe, (q.case, q.index) if q.probe.kind == SAMPLED else ()) for q in questions]
+        keys = [(p.kind, p.prompt, p.expected, p.alternatives, own) for p, own in probes]
         new = {key: q for key, q in zip(keys, questions, strict=True) if key not in self.answers or key[0] == SAMPLED}
-        for key, row in zip(new, ask(self.model, self.tokenizer, list(new.values()), seed=self.seed), strict=True):
+        rows = ask(self.model, self.tokenizer, list(new.values()), seed=self.seed, window=WINDOW)
+        for key, row in zip(new, rows, strict=True):
             # the others' rows say what it said; a sampled text or a running one is no answer
             self.answers[key] = row | {"unedited": None if row["kind"] in NO_ANSWER else row["generated"]}
         own = [
             {"case": q.case, "edit": q.edit, "probe": q.index, "tags": dict(q.tags), "test": q.probe.test}
-            | {"joined": q.probe.joined, "condition": q.probe.condition}
+            | {"joined": q.probe.joined, "condition": q.probe.condition, "answers": q.probe.answers}
             for q in questions
         ]
         return [self.answers[key] | about for key, about in zip(keys, own, strict=True)]

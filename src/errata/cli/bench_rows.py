@@ -74,7 +74,7 @@ def _plain(value: Any) -> Any:
 
 def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return " / ".join(value)
+        return " / ".join(part if isinstance(part, str) else " or ".join(part) for part in value)
     if isinstance(value, dict):
         return " ".join(f"{name}={part}" for name, part in value.items())
     if isinstance(value, bool):

@@ -56,13 +56,15 @@ def says(text: str, expected: str) -> bool:
     return not rest or rest[0] in ".,;:!?\n\"')" or (rest[0] == " " and not rest.strip())
 
 
-def greedy(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 16, batch: int = 64) -> list[str]:
+def greedy(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int | Sequence[int] = 16, batch: int = 64
+) -> list[str]:
     """The raw greedy continuation of each prompt (special tokens removed), through `model.generate`, left-padded.
 
-    Of an encoder-decoder the answer, with a leading space if it begins a word; of a classifier the label's name.
-    Attached contexts are put before prompts. Prompts of like length share a batch; where rows have patches of their own, they
-    are asked at once, in the order given. Model and tokenizer are left as found. Raises RequestError, before anything is
-    asked, for a prompt that with its answer is longer than the model's positions.
+    Of an encoder-decoder the answer, with a leading space if it begins a word; of a classifier the label's name. max_new_tokens:
+    one number for all, or one for each. Attached contexts are put before prompts. Prompts of like length share a batch; where
+    rows have patches of their own, they are asked at once, in the order given. Model and tokenizer are left as found. Raises
+    RequestError, before anything is asked, for a prompt that with its answer is longer than the model's positions.
     """
     prompts = asked(model, prompts)
     role = anatomy(model).role
@@ -70,7 +72,9 @@ def greedy(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: i
         return predicted_labels(model, tokenizer, prompts, batch)
     answers = role == "encoder-decoder"
     ids = token_ids(tokenizer, prompts)
-    check_room(model, ids, prompts, new=0 if answers else max_new_tokens)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    for row, prompt, limit in zip(ids, prompts, limits, strict=True):
+        check_room(model, [row], [prompt], new=0 if answers else limit)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     if by_row(model):
         order, batch = list(range(len(prompts))), max(1, len(prompts))
@@ -83,13 +87,13 @@ def greedy(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: i
             out = model.generate(
                 input_ids=rows.ids,
                 attention_mask=rows.mask.long(),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=max(limits[i] for i in chosen),
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=pad_id(tokenizer),
             )
         for i, row in zip(chosen, out[:, 1 if answers else rows.ids.shape[1] :], strict=True):
-            texts[i] = tokenizer.decode(row, skip_special_tokens=True)
+            texts[i] = tokenizer.decode(row[: limits[i]], skip_special_tokens=True)
     return texts
 
 

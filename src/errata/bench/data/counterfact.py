@@ -6,7 +6,7 @@ Source: Meng et al. 2022 (CounterFact), Meng et al. 2023 (multi-CounterFact); fi
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
@@ -14,6 +14,9 @@ from errata.bench.cases import Case, Kind, Probe
 from errata.bench.data.records import Answer, Numbered, Problem, Row, form_of, read_records, settle
 from errata.bench.data.snippets import References
 from errata.edit import EditRequest
+
+if TYPE_CHECKING:
+    from errata.bench.fluency import TfIdf
 
 
 class Target(Row):
@@ -117,11 +120,15 @@ def load_counterfact(path: str | Path, problems: list[Problem] | None = None) ->
 
 
 def counterfact_case(
-    record: CounterFactRecord, request: EditRequest | None = None, references: References | None = None
+    record: CounterFactRecord,
+    request: EditRequest | None = None,
+    references: References | None = None,
+    tfidf: "TfIdf | None" = None,
 ) -> Case:
     """A case of one record. request: the same edit with what may be used to fit it (Atlas's), else the record's own, with nothing.
 
-    Neighbours expect the old object, with the new one as the alternative; attribute prompts the other way about.
+    references, tfidf: the data set's texts for consistency, and what their words weigh in all of them. Neighbours expect the old
+    object, with the new one as the alternative; attribute prompts the other way about.
     """
     rewrite = record.requested_rewrite
     new, old = rewrite.target_new.str_, rewrite.target_true.str_
@@ -142,7 +149,7 @@ def counterfact_case(
         ]
     about = references or {}
     texts = about.get((rewrite.relation_id, rewrite.target_new.id or ""), ())
-    return Case(str(record.case_id), edit, tuple(probes), tuple(texts), {"relation": rewrite.relation_id})
+    return Case(str(record.case_id), edit, tuple(probes), tuple(texts), {"relation": rewrite.relation_id}, tfidf)
 
 
 def _probe(kind: Kind, prompt: str, expected: str, alternative: str) -> Probe:

@@ -23,7 +23,7 @@ from errata.bench.data.known import known_facts
 from errata.bench.data.records import Numbered, Problem, Record, made, read_records, read_rows, settle
 from errata.bench.data.ripple import RippleRecord, ripple_case
 from errata.bench.data.scotus import read_scotus, scotus_case
-from errata.bench.data.snippets import load_snippets, references
+from errata.bench.data.snippets import SNIPPETS, load_snippets, references, tfidf_of
 from errata.bench.data.zsre import read_zsre, zsre_case
 from errata.edit import conflicts
 from errata.errors import ConfigError, RecordError
@@ -495,7 +495,7 @@ def _cases(
         return dataset, None, made_here, {}
     file = Path(path) if name not in DATASETS and path else fetch(dataset, split, path)
     rows = _READERS[dataset.layout](file, problems)
-    found = _first(n, made(file, rows, _maker(dataset, seed, options), problems), problems)
+    found = _first(n, made(file, rows, _maker(dataset, seed, options, file.parent), problems), problems)
     return dataset, file, [case for _, case in found], {case.id: row for row, case in found}
 
 
@@ -516,7 +516,7 @@ def _pass_over(problems: list[Problem], bad: Bad, name: str, left_out: list[Prob
         warnings.warn(f"{len(problems)} rows of {name} left out; the first: {problems[0]}", stacklevel=3)
 
 
-def _maker(dataset: Dataset, seed: int, options: Mapping[str, Any]) -> Callable[[Any], Case]:
+def _maker(dataset: Dataset, seed: int, options: Mapping[str, Any], folder: Path) -> Callable[[Any], Case]:
     if dataset.layout == "zsre":
         return partial(zsre_case, seed=seed, **options)
     plain: dict[Layout, Callable[[Any], Case]] = {
@@ -527,8 +527,12 @@ def _maker(dataset: Dataset, seed: int, options: Mapping[str, Any]) -> Callable[
     }
     if dataset.layout in plain:
         return plain[dataset.layout]
-    snippets = options.get("snippets")
-    return partial(counterfact_case, references=references(load_snippets(snippets)) if snippets else None)
+    beside = (place / SNIPPETS for place in (folder, data_folder()) if (place / SNIPPETS).is_file())
+    snippets = options.get("snippets") or next(beside, None)
+    if snippets is None:
+        return counterfact_case
+    groups = load_snippets(snippets)
+    return partial(counterfact_case, references=references(groups), tfidf=tfidf_of(snippets, groups))
 
 
 def _facts(

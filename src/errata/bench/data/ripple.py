@@ -3,8 +3,9 @@
 Source: Cohen et al. 2024; fields as in the published files. Two spellings are read that the published files and their reader use
 besides: `Relation_Specifity`, and `previous_fact` for `original_fact`.
 
-Differs in the cases made of the records: a query with several answers is right with any of them (the published runner wants all
-of them somewhere in its long output; a whole-object answer can be only one), and is tagged with their number.
+Differs in the cases made of the records: by our protocol a query with several answers is right with any of them, since a
+whole-object answer can be only one (the published runner wants all of them somewhere in its long output, as `.ripple` does);
+it is tagged with their number.
 """
 
 import json
@@ -175,7 +176,8 @@ def _probe(
         tags["stratum"] = IN_FIT if _in_fit(query, edit) else NOT_IN_FIT
     if strata and kind == "subject_aliasing":
         tags["stratum"] = IN_FIT if _named_in_fit(query, edit) else NOT_IN_FIT
-    return Probe(kind, query.prompt, names, alternatives, test, joined, condition, tags)
+    answers = tuple(answer.names for answer in query.answers) if len(query.answers) > 1 else ()
+    return Probe(kind, query.prompt, names, alternatives, test, joined, condition, tags, answers)
 
 
 def _in_fit(query: RippleQuery, edit: EditRequest) -> bool:

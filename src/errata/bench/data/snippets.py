@@ -17,6 +17,7 @@ from errata.errors import RecordError
 if TYPE_CHECKING:
     from errata.bench.fluency import TfIdf
 
+SNIPPETS, IDF, VOCABULARY = "attribute_snippets.json", "idf.npy", "tfidf_vocab.json"  # as the files are published
 References = Mapping[tuple[str, str], Sequence[str]]  # (relation id, object id) -> texts
 
 
@@ -47,6 +48,12 @@ def references(groups: Iterable[SnippetGroup]) -> dict[tuple[str, str], tuple[st
         key = group.relation_id, group.target_id
         found[key] = found.get(key, ()) + tuple(sample.text for sample in group.samples)
     return found
+
+
+def tfidf_of(path: str | Path, groups: Iterable[SnippetGroup]) -> "TfIdf":
+    """What words weigh in a snippet file: the published weights where they stand beside it, else fitted on all of its groups."""
+    idf, vocabulary = (Path(path).parent / name for name in (IDF, VOCABULARY))
+    return published_tfidf(idf, vocabulary) if idf.is_file() and vocabulary.is_file() else snippet_tfidf(groups)
 
 
 def snippet_tfidf(groups: Iterable[SnippetGroup]) -> "TfIdf":
