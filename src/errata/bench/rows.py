@@ -181,7 +181,7 @@ def read_cases(run: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def results(run: str | Path) -> "DataFrame":
-    """The rows of a run as metrics take them: every row, and three columns more.
+    """The rows of a run as metrics take them: every row, and four columns more.
 
     references: of rows of kind "generation", the case's reference texts; tfidf: the weights of the run's data set. radius: of the
     scope of the row's own edit, NaN without one. failed: whether the fit of the row's edit failed.
