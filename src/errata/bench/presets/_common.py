@@ -76,6 +76,11 @@ def draw(
     return load_cases(name, n=number, seed=context.seed, split=context.split, **options)
 
 
+def spans(items: Sequence[Any], size: int) -> dict[str, Sequence[Any]]:
+    """Runs of items, by names for parts of a run: "0000", "0010", ..."""
+    return {f"{start:04}": items[start : start + size] for start in range(0, len(items), size)}
+
+
 def only(cases: Iterable[Case], *kinds: str, most: Mapping[str, int] | None = None) -> list[Case]:
     """The cases with probes of these kinds alone; `most`: at most so many of a kind in a case."""
     found = []

@@ -68,4 +68,5 @@ PRESET = Preset(
     ),
     tables,
     n=N,
+    roles=("decoder", "encoder-decoder"),
 )
