@@ -78,7 +78,8 @@ def test_a_cluster_whose_worker_is_killed_says_what_one_process_says(
     monkeypatch.setattr("errata.bench.engines._Actor", Marked)
     engine = RayEngine()
     spread = start(place, "ray", *methods, checkpoints=(2,), every=2, extra=besides, engine=engine, progress=kill_one)
-    assert killed and engine.workers == 2 and len(list(place.glob("pid-*"))) == 3
+    assert killed and engine.workers == 2
+    assert len(list(place.glob("pid-*"))) >= 2  # a third where it has its model before the other one is done
     a, b = (read_rows(run.path).drop(columns="run") for run in (local, spread))
     assert len(a) == len(b) > 60 and (a["method"] == STREAM.label).sum() > 10
     assert (spread.path / "said.json").read_text() == (local.path / "said.json").read_text()
