@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -87,3 +88,56 @@ def test_what_a_run_leaves_out_of_its_data_is_printed_and_kept(tmp_path: Path) -
     again = bench("resume", run, "--json", "--no-report")
     assert again.exit_code == 0 and json.loads(again.stdout)["left_out"] == left_out
     assert "left out of the data: 2 (" in (run / "report.md").read_text()
+
+
+@pytest.fixture
+def three(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "errata.bench.preset.available_presets", lambda: ["grace-scotus", "sake-counterfact", "sake-doubt"]
+    )
+
+
+def test_all_goes_on_past_what_breaks_and_says_what_is_not_for_the_model(
+    tmp_path: Path, three: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from errata.bench import runner
+
+    folder, real = tmp_path / "all", runner.run
+
+    def broken(plan: Any, *rest: Any, **options: Any) -> Any:
+        if plan.preset.name == "sake-counterfact":
+            raise ZeroDivisionError("by zero")
+        return real(plan, *rest, **options)
+
+    words = ("all", "--model", "atlas", "--methods", "icl", "--n", 2, "--out", folder, "--no-report")
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "run", broken)
+        first = bench(*words, "--json")
+    told = " ".join(first.stderr.split())
+    assert first.exit_code == 1 and "left out: grace-scotus is for models of the kind classifier" in told
+    assert "sake-counterfact was not finished: ZeroDivisionError: by zero" in told
+    assert "in broken" in (folder / "sake-counterfact.error.txt").read_text()
+    found = json.loads(first.stdout)
+    assert found["unfinished"] == ["sake-counterfact"] and len(found["runs"]) == 1
+    before = (folder / "sake-doubt" / "run.json").read_bytes()
+    again = bench("resume", folder, "--no-report", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert len(json.loads(again.stdout)["runs"]) == 2 and not list(folder.glob("*.error.txt"))
+    assert (folder / "sake-doubt" / "run.json").read_bytes() == before  # it was finished
+    spec = json.loads((folder / "sake-counterfact" / "run.json").read_text())["spec"]
+    assert list(spec["methods"]) == ["icl"] and spec["asked_n"] == 2
+    other = bench(*words[:-2], folder, "--seed", 3, "--no-report")
+    assert other.exit_code == 2 and "holds other runs (seed is 0 there and 3 here)" in " ".join(other.stderr.split())
+
+
+def test_ctrl_c_names_the_command_that_goes_on_with_all(
+    tmp_path: Path, three: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("errata.bench.runner.run", stopped)
+    found = bench("all", "--model", "atlas", "--n", 2, "--out", tmp_path / "all")
+    assert found.exit_code == 130 and f"`errata bench resume {tmp_path / 'all'}` goes on" in " ".join(
+        found.stderr.split()
+    )

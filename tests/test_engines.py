@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ from typer.testing import CliRunner
 
 from conftest import steering_part, tiny_model
 from errata.bench import engines
-from errata.bench.engines import ProcessEngine, RayEngine, _answers
+from errata.bench.engines import ProcessEngine, RayEngine, _answers, longest_first
+from errata.bench.preset import Method
 from errata.bench.rows import read_fits, read_rows
-from errata.bench.runner import Progress
+from errata.bench.runner import Progress, plan_jobs
 from errata.cli import app
 from errata.errors import ConfigError, UnknownEditorError
 from errata.model.fingerprint import base_of
 from errata.patch import Patch
 from errata.scope.gate import Gate
-from test_runner import LIFELONG, MEMIT, ROME_ALONE, SAKE_ALL, start, texts
+from test_runner import LIFELONG, MEMIT, ROME_ALONE, SAKE_ALL, STREAM, besides, start, texts
 
 
 @pytest.fixture
@@ -32,9 +34,8 @@ def place(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 
 
 def test_two_processes_say_what_one_says_and_one_that_dies_is_named(place: Path) -> None:
-    methods = (ROME_ALONE, MEMIT, SAKE_ALL, LIFELONG)
-    made: list[str] = []
-    local = start(place, "local", *methods, checkpoints=(2,))
+    methods = (ROME_ALONE, MEMIT, SAKE_ALL, LIFELONG, STREAM)
+    local = start(place, "local", *methods, checkpoints=(2,), every=2, extra=besides)
     for patch in (place / "cache").glob("*/*"):  # the processes fit by themselves
         patch.unlink()
     with ProcessEngine(2) as engine:
@@ -43,13 +44,16 @@ def test_two_processes_say_what_one_says_and_one_that_dies_is_named(place: Path)
             "spread",
             *methods,
             checkpoints=(2,),
+            every=2,
             engine=engine,
-            extra=lambda context, run: made.append(context.model_name),
+            extra=besides,
         )
+        rows = read_rows(spread.path, "method = 'rome, stream' and kind = edit")
+        assert rows.groupby("edits").size().to_dict() == {2: 2, 4: 4}
         assert texts(read_rows(local.path).drop(columns="run")) == texts(read_rows(spread.path).drop(columns="run"))
         lost = ["run", "seconds"]
         assert texts(read_fits(local.path).drop(columns=lost)) == texts(read_fits(spread.path).drop(columns=lost))
-        assert made == [str(place / "model")] and (spread.path / "extra.json").exists()
+        assert (spread.path / "said.json").read_text() == (local.path / "said.json").read_text()
         assert spread.read()["workers"] == 2
         ids = [process.pid for process in engine._processes]
 
@@ -64,6 +68,23 @@ def test_two_processes_say_what_one_says_and_one_that_dies_is_named(place: Path)
             start(place, "killed", *methods, engine=engine, progress=kill)
         assert not engine._processes
     assert any(units.glob("*.parquet"))
+
+
+def test_long_chains_of_edits_go_first() -> None:
+    """A stream of 40 edits before 30 that follow one another, before one write of 20; then all else, as it comes."""
+    methods = (
+        Method("alone", "rome"),
+        replace(MEMIT, most=20),
+        replace(LIFELONG, most=30),
+        Method("stream", "grace", "stream"),
+    )
+    jobs = plan_jobs(methods, 40, 1, (1, 10), shard=40, look=10)
+    first = [job.name for job in longest_first(jobs)]
+    assert first[:8] == [
+        "stream-stream-00010", "rome_lifelong-fit-00001", "stream-stream-00020", "rome_lifelong-fit-00010",
+        "memit-fit-0000", "rome_lifelong-fit-00030", "stream-stream-00030", "stream-stream-00040",
+    ]  # fmt: skip
+    assert first[8:] == [job.name for job in jobs if job.name not in first[:8]]
 
 
 def test_what_a_job_raises_comes_back() -> None:

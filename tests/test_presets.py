@@ -10,17 +10,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import tiny_model
+from conftest import tiny_model, tiny_other
 from errata.bench import alignment, makers
 from errata.bench.cases import Case, Probe
 from errata.bench.figures import Point, Series, curves, dots, matrix, radar, styles_of
 from errata.bench.methods import MODEL, STEAMS, resolved
-from errata.bench.preset import Context, Method, available_presets, get_preset
+from errata.bench.preset import Context, Method, available_presets, get_preset, pick_methods, unfit
 from errata.bench.presets import (
     _claims,
     lifelong,
     reverse,
     rome_counterfact,
+    rome_trace,
     sake_context,
     sake_ot,
     sake_threshold,
@@ -131,6 +132,75 @@ def test_presets_of_one_paper_edit_the_same_facts_so_that_fits_are_shared(atlas:
 def test_unknown_preset_is_refused_with_near_names() -> None:
     with pytest.raises(ConfigError, match="sake-counterfact"):
         get_preset("sake-counterfac")
+
+
+def test_an_editor_that_a_preset_does_not_name_is_set_as_its_like_are() -> None:
+    def setting(preset: str, name: str) -> str:
+        [method] = pick_methods(get_preset(preset), [name])
+        return method.setting
+
+    assert setting("sake-counterfact", "sake") == "all"  # its own
+    assert setting("sake-counterfact", "steam") == "single"  # beside single ROME
+    assert setting("sake-counterfact", "emmet") == "all"  # beside MEMIT
+    assert setting("sake-context", "icl") == "single" and setting("sake-context", "memit") == "all"
+    assert setting("rome-counterfact", "ft_ewc") == "single"  # as FT
+    assert setting("lifelong", "memit") == setting("lifelong", "icl") == "sequential"
+    assert setting("grace-zsre", "serac") == "stream"
+    assert pick_methods(get_preset("rome-trace"), ["rome"]) == ()
+    assert pick_methods(get_preset("flexibility"), ["rome"]) == (common.ROME,)
+
+
+def test_presets_are_for_models_that_their_methods_edit(closing_tokenizer: Any) -> None:
+    from errata.editors import get_editor
+
+    for name in available_presets():
+        preset = get_preset(name)
+        supports = [set(get_editor(method.editor).supports) for method in preset.methods] or [{"decoder"}]
+        assert all(any(role in own for own in supports) for role in preset.roles), name
+    claims = tiny_other("bert", num_labels=2, id2label={0: "REFUTES", 1: "SUPPORTS"})
+    fit = [name for name in available_presets() if unfit(get_preset(name), claims) is None]
+    assert fit == ["ke-fever", "ke-logits"]
+    areas = tiny_other("bert", num_labels=10, id2label={i: f"area {i}" for i in range(10)})
+    assert [name for name in available_presets() if unfit(get_preset(name), areas) is None] == ["grace-scotus"]
+    assert "other labels: expected a label of this classifier (REFUTES, SUPPORTS), found '9'" in str(
+        unfit(get_preset("grace-scotus"), claims)
+    )
+
+
+def test_parts_made_one_by_one_are_the_whole(atlas: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing by spans of facts gives the averages of all facts at once; states of edits too."""
+    from errata.bench.data.registry import load_facts
+    from errata.locate.averages import average
+    from errata.locate.noise import noise_for
+    from errata.locate.tracing import Trace, TracingConfig, trace_facts
+
+    model, tokenizer = atlas
+    context = Context("atlas", model, tokenizer, n=2)
+    preset = get_preset("rome-trace")
+    assert preset.extra is not None
+    monkeypatch.setattr(rome_trace, "SPAN", 1)
+    monkeypatch.setattr(rome_trace, "KINDS", ("mlp",))
+    extra = preset.extra(context, (), ())
+    assert list(extra.parts) == ["mlp-0000", "mlp-0001"]
+    extra.combine(json.loads(json.dumps({name: part() for name, part in extra.parts.items()})), tmp_path)
+    facts = load_facts("atlas-known", n=2, seed=0, split="test")
+    noise = noise_for(model, tokenizer, "s3", subjects=[fact.subject for fact in facts])
+    found = [t for t in trace_facts(model, tokenizer, facts, noise, TracingConfig(kind="mlp")) if isinstance(t, Trace)]
+    about = json.loads((tmp_path / "trace.json").read_text())
+    assert about["facts"] == 2 and about["dropped"] == 2 - len(found)
+    assert about["averages"] == json.loads(json.dumps([average(found).json()]))
+    assert (tmp_path / "figures" / "rome-trace.png").exists()
+
+    states = get_preset("sake-ot")
+    cases = states.cases(context)
+    assert states.extra is not None
+    monkeypatch.setattr(sake_ot, "SPAN", 1)
+    monkeypatch.setattr(sake_ot, "accuracies", lambda model, tokenizer, case, seed: {"shift": float(len(case.id))})
+    extra = states.extra(context, cases, ())
+    assert list(extra.parts) == ["states-0000", "states-0001"]
+    extra.combine({name: part() for name, part in extra.parts.items()}, tmp_path)
+    own = json.loads((tmp_path / "states.json").read_text())
+    assert own == {case.id: {"shift": float(len(case.id))} for case in cases}
 
 
 def test_methods_take_what_was_chosen_for_the_model(atlas: Any) -> None:
@@ -620,7 +690,9 @@ def test_where_edited_facts_live_is_drawn_of_the_runs_own_edits(
     for name in ("BASE", "STEAM"):
         method = getattr(steam_counterfact, name)
         monkeypatch.setattr(steam_counterfact, name, replace(method, changes={**method.changes, **bare}))
-    steam_counterfact.states(Context("atlas", *atlas, n=3), tmp_path)
+    context = Context("atlas", *atlas, n=3)
+    extra = steam_counterfact.states(context, steam_counterfact.cases(context), steam_counterfact.METHODS)
+    extra.combine(json.loads(json.dumps({name: part() for name, part in extra.parts.items()})), tmp_path)
     about = json.loads((tmp_path / "alignment.json").read_text())
     assert (about["edits"], about["edited"], about["aligned"]) == (3, [2], [3, 4, 5, 6])
     centred = {who: found["centred"] for who, found in about["cosines"].items()}

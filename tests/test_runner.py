@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from transformers import PreTrainedTokenizerFast
 from conftest import SENTENCES, tiny_model
 from errata.bench import report
 from errata.bench.cases import Case, Probe
-from errata.bench.preset import Context, Method, Preset
+from errata.bench.preset import Context, Extra, Method, Preset
+from errata.bench.report import _facts
 from errata.bench.rows import read_fits, read_rows, results
 from errata.bench.runner import Plan, Progress, _as_here, _Pace, methods_of, plan_jobs, run
-from errata.bench.store import PatchCache, RunDirectory, difference, file_names
+from errata.bench.store import PatchCache, RunDirectory, difference, file_names, other_sources
 from errata.bench.worker import Given, Job, Outcome, Worker
 from errata.edit import EditRequest
 from errata.editors import _weights
@@ -43,6 +45,7 @@ MEMIT = Method(
 )
 SAKE_ALL = Method("sake, all", "sake", "all", changes=STEER)
 LIFELONG = Method("rome, lifelong", "rome", "sequential", changes=QUICK)
+STREAM = Method("rome, stream", "rome", "stream", changes=QUICK)
 SUBJECTS = {"Needle": "Paris", "Tower": "is", "Gate": "the", "Dome": "in", "Wall": "Japan"}
 
 
@@ -74,6 +77,18 @@ def preset(*methods: Method, **fields: Any) -> Preset:
     return Preset("fake", "A fake", "nobody", cases, methods, lambda *_: (), world=lambda _: world, **fields)
 
 
+def besides(context: Context, cases: Sequence[Case], methods: Sequence[Method]) -> Extra:
+    """A part for each case: what the model says at once; all of them in one file."""
+
+    def part(case: Case) -> dict[str, Any]:
+        return {"said": greedy(context.model, context.tokenizer, [case.request.text], 3)[0], "of": len(methods)}
+
+    def combine(made: Mapping[str, Any], run: Path) -> None:
+        (run / "said.json").write_text(json.dumps(made))
+
+    return Extra({f"case-{case.id}": partial(part, case) for case in cases}, combine)
+
+
 @pytest.fixture
 def place(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A directory with a tiny random model, and one for the cache beside it."""
@@ -83,7 +98,7 @@ def place(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 
 
 def start(place: Path, name: str, *methods: Method, shard: int = 2, **options: Any) -> RunDirectory:
-    fields = {key: options.pop(key) for key in ("checkpoints", "extra") if key in options}
+    fields = {key: options.pop(key) for key in ("checkpoints", "extra", "every") if key in options}
     model, tokenizer = load(place / "model")
     plan = Plan(preset(*methods, **fields), str(place / "model"), methods, seed=options.pop("seed", 0))
     return run(plan, place / name, model, tokenizer, cache=place / "cache", shard=shard, **options)
@@ -164,6 +179,30 @@ def test_atlas_sizes_are_for_atlas_and_its_own_number_of_cases(place: Path) -> N
         replace(plan, model_name=str(place / "model")),
     ):
         assert _as_here(few, other, model).most is None
+
+
+def test_the_patches_of_all_looks_before_are_made_again_for_the_last(place: Path) -> None:
+    """Of looks after 1, 2, 3 and 4 edits the last is lost: its stream goes on from the third, and that from the second."""
+    found = start(place, "a", STREAM, every=1)
+    rows, fits = read_rows(found.path), read_fits(found.path)
+    stream = rows[rows["method"] == STREAM.label]
+    assert sorted(set(stream["edits"])) == [1, 2, 3, 4] and fits["error"].ne("").sum() == 1
+    about = json.loads((found.path / "summary.json").read_text())["methods"][STREAM.label]
+    assert about["tokens_per_second"] and about["edits_while_timed"] == 4  # though the look after 5 added none
+    assert read_rows(found.path)["edits"].max() == 4
+    for file in ("units/rome_stream-00004.parquet", "fits/rome_stream-stream-00004.parquet"):
+        (found.path / file).unlink()
+    seen: list[str] = []
+    start(place, "a", STREAM, every=1, progress=lambda p: seen.append(p.job.name))
+    assert seen == [*(f"rome_stream-stream-0000{i}" for i in (1, 2, 3, 4)), "rome_stream-00004"]
+    assert texts(read_rows(found.path)) == texts(rows) and texts(read_fits(found.path)) == texts(fits)
+    # all of them from the cache: what could not be fitted is still named
+    other = start(place, "b", STREAM, every=1)
+    assert texts(read_fits(other.path).drop(columns="run")) == texts(fits.drop(columns="run"))
+    with pytest.raises(RuntimeError, match="was given no patch of it"):
+        model, tokenizer = load(place / "model")
+        with Worker(model, tokenizer, cases(None), (), [STREAM]) as worker:  # type: ignore[arg-type]
+            worker.do(Job("x", "stream", STREAM.label, (0, 5), 2, ("w",), 1), Given())
 
 
 def test_the_time_that_is_left_goes_by_cases_and_not_by_jobs() -> None:
@@ -370,13 +409,11 @@ def test_another_run_is_refused_in_one_sentence(place: Path) -> None:
 
 
 def test_a_finished_run_is_not_done_again_and_a_lost_unit_is(place: Path) -> None:
-    calls: list[Path] = []
-    found = start(place, "a", ROME_ALONE, SAKE_ALL, extra=lambda _, path: calls.append(path))
-    before = {p: p.stat().st_mtime_ns for p in found.path.glob("*/*.parquet")}
+    found = start(place, "a", ROME_ALONE, SAKE_ALL)
+    before = {p: p.stat().st_mtime_ns for p in found.path.rglob("*")}
     seen: list[Progress] = []
-    start(place, "a", ROME_ALONE, SAKE_ALL, extra=lambda _, path: calls.append(path), progress=seen.append)
-    assert not seen and calls == [place / "a"]
-    assert before == {p: p.stat().st_mtime_ns for p in found.path.glob("*/*.parquet")}
+    start(place, "a", ROME_ALONE, SAKE_ALL, progress=seen.append)
+    assert not seen and before == {p: p.stat().st_mtime_ns for p in found.path.rglob("*")}  # run.json too
     whole = read_rows(found.path).drop(columns="run")
     (found.path / "units" / "rome-0001.parquet").unlink()
     (found.path / "units" / "sake_all-0002.parquet").unlink()
@@ -384,7 +421,65 @@ def test_a_finished_run_is_not_done_again_and_a_lost_unit_is(place: Path) -> Non
     names = [p.job.name for p in seen]
     assert names == ["rome-0001", "sake_all-fit-0000", "sake_all-fit-0001", "sake_all-fit-0002", "sake_all-0002"]
     assert whole.equals(read_rows(found.path).drop(columns="run"))
-    assert methods_of(found.read()["spec"])[1].changes == STEER and len(found.read()["resumed"]) == 2
+    assert methods_of(found.read()["spec"])[1].changes == STEER and len(found.read()["resumed"]) == 1
+
+
+def test_what_a_preset_makes_besides_is_made_in_parts_that_are_not_made_twice(place: Path) -> None:
+    seen: list[Progress] = []
+    found = start(place, "a", ROME_ALONE, extra=besides, progress=seen.append)
+    names = [f"case-{subject}" for subject in SUBJECTS]
+    assert [p.job.method for p in seen if p.job.kind == "part"] == names and seen[-1].done == seen[-1].total == 13
+    made = json.loads((found.path / "said.json").read_text())
+    model, tokenizer = load(place / "model")
+    said = greedy(model, tokenizer, [case.request.text for case in cases(None)], 3)  # type: ignore[arg-type]
+    assert list(made) == names and [one["said"] for one in made.values()] == said and made[names[0]]["of"] == 1
+    (found.path / "parts" / "case-Gate.json").unlink()
+    (found.path / "said.json").unlink()
+    seen.clear()
+    start(place, "a", ROME_ALONE, extra=besides, progress=seen.append)
+    assert [p.job.name for p in seen] == ["part-case-Gate"]
+    assert json.loads((found.path / "said.json").read_text()) == made
+
+
+def test_a_run_that_goes_on_with_other_sources_says_so(place: Path) -> None:
+    found = start(place, "a", ROME_ALONE, command="first")
+    about = found.read()
+    assert about["workers"] == 1 and len(about["sources"]) == 16
+    about["versions"]["torch"] = "1.0"
+    found.write_json("run.json", about | {"sources": "0123456789abcdef"})
+    (found.path / "units" / "rome-0001.parquet").unlink()
+    with pytest.warns(UserWarning, match="the rows of .* may be of different kinds: .* in place of 0123456789abcdef"):
+        start(place, "a", ROME_ALONE, command="second")
+    [words] = other_sources(found.read())
+    assert f"torch {torch.__version__} in place of 1.0" in words
+    again = found.read()
+    assert again["command"] == "first" and again["finished"]
+    assert [(one["command"], one["workers"], one["sources"]) for one in again["resumed"]] == [
+        ("second", 1, RunDirectory(place / "a").read()["resumed"][0]["sources"])
+    ]
+    facts = dict(_facts(again, read_rows(found.path)))
+    assert "by second (local, 1 at work)" in facts["resumed"]
+    assert facts["take care: rows may be of different kinds"] == words
+
+
+def test_what_a_kill_at_the_very_start_leaves_is_no_hindrance(place: Path) -> None:
+    (place / "a").mkdir()
+    (place / "a" / ".run.json.0123456789ab").write_text('{"spec": ')
+    found = start(place, "a", ROME_ALONE)
+    assert not list(found.path.glob("**/.*"))
+    about, cases_there = found.read(), (found.path / "cases.jsonl").read_text()
+    for path in [*found.path.rglob("*.parquet"), found.path / "cases.jsonl", found.path / "summary.json"]:
+        path.unlink()
+    about.pop("finished")
+    found.write_json("run.json", about)
+    start(place, "a", ROME_ALONE)
+    assert (found.path / "cases.jsonl").read_text() == cases_there and len(cases_there.splitlines()) == 5
+    (place / "b").mkdir()
+    other = place / "b" / ".notes.0123456789ab"
+    other.write_text("mine")
+    with pytest.raises(ConfigError, match="other files and no run"):
+        start(place, "b", ROME_ALONE)
+    assert other.exists()
 
 
 def test_ctrl_c_leaves_whole_units_and_the_model_as_it_was(place: Path) -> None:
@@ -407,46 +502,73 @@ def test_ctrl_c_leaves_whole_units_and_the_model_as_it_was(place: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from test_runner import LIFELONG, ROME_ALONE, start
-start(Path(sys.argv[1]), sys.argv[2], ROME_ALONE, LIFELONG, checkpoints=(2,), progress=lambda p: print(p.job.name, flush=True))
+from errata.bench.engines import ProcessEngine
+from test_runner import LIFELONG, ROME_ALONE, STREAM, start
+place, name, processes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+tell = lambda p: print(p.job.name, flush=True)
+if processes:
+    with ProcessEngine(processes) as engine:
+        start(place, name, ROME_ALONE, STREAM, every=2, progress=tell, engine=engine)
+else:
+    start(place, name, ROME_ALONE, LIFELONG, checkpoints=(2,), progress=tell)
 print("finished", flush=True)
 """
 
 
-def test_kill_9_at_any_moment_neither_repeats_nor_loses_a_case(place: Path) -> None:
-    def begin(name: str) -> subprocess.Popen[str]:
-        paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-        return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(place), name],
-            env={**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+def begin(place: Path, name: str, processes: int = 0) -> "subprocess.Popen[str]":
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(place), name, str(processes)],
+        env={**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
+
+def killed(process: "subprocess.Popen[str]", after: int, pause: float) -> list[str]:
+    """The units that a process told of; it is killed when so many are done and a moment has passed."""
+    assert process.stdout is not None
+    told = [process.stdout.readline().strip() for _ in range(after)]
+    time.sleep(pause)
+    process.send_signal(signal.SIGKILL)
+    with process.stdout as rest:
+        told += [line.strip() for line in rest]
+    assert process.wait() == -signal.SIGKILL
+    return told
+
+
+def same_run(one: Path, other: Path) -> None:
+    for read in (read_rows, read_fits):
+        a, b = (read(path).drop(columns=["run", "seconds"], errors="ignore") for path in (one, other))
+        assert texts(a) == texts(b) and len(a)
+    assert (one / "cases.jsonl").read_text() == (other / "cases.jsonl").read_text()
+
+
+def test_kill_9_at_any_moment_neither_repeats_nor_loses_a_case(place: Path) -> None:
     told: list[str] = []
     for after, pause in ((5, 0.1), (3, 0.3)):  # in the midst of a fit and of a sequence
-        process = begin("killed")
-        assert process.stdout is not None
-        for _ in range(after):
-            told.append(process.stdout.readline().strip())
-        time.sleep(pause)
-        process.send_signal(signal.SIGKILL)
-        with process.stdout as rest_of_it:
-            told += [line.strip() for line in rest_of_it]
-        assert process.wait() == -signal.SIGKILL
+        told += killed(begin(place, "killed"), after, pause)
     half = RunDirectory(place / "killed")
     assert "finished" not in told and not (half.path / "summary.json").exists()
-    (half.path / "units" / ".rome-0000.parquet.0a1b2c").write_bytes(b"half")
-    process = begin("killed")
+    (half.path / "units" / ".rome-0000.parquet.0a1b2c3d4e5f").write_bytes(b"half")
+    (half.path / "cases.jsonl").unlink()
+    process = begin(place, "killed")
     rest, _ = process.communicate()
     assert process.returncode == 0 and rest.split()[-1] == "finished"
     rows = [name for name in [*told, *rest.split()] if "-fit-" not in name]
     assert len(rows) == len(set(rows))  # no unit of rows was made twice
     whole = start(place, "whole", ROME_ALONE, LIFELONG, checkpoints=(2,))
-    for read in (read_rows, read_fits):
-        a, b = (read(path).drop(columns=["run", "seconds"], errors="ignore") for path in (half.path, whole.path))
-        assert texts(a) == texts(b) and len(a)
+    same_run(half.path, whole.path)
     assert not list(half.path.glob("**/.*"))
+
+
+def test_a_run_of_two_processes_that_is_killed_goes_on(place: Path) -> None:
+    told = killed(begin(place, "killed", processes=2), 6, 0.0)
+    assert "finished" not in told and len(told) >= 6
+    seen: list[str] = []
+    half = start(place, "killed", ROME_ALONE, STREAM, every=2, progress=lambda p: seen.append(p.job.name))
+    assert seen and all("-stream-" in name for name in told if name in seen)
+    same_run(half.path, start(place, "whole", ROME_ALONE, STREAM, every=2).path)
 
 
 def texts(frame: Any) -> Sequence[Any]:

@@ -192,6 +192,7 @@ STREAM = Preset(
     world=lambda context: [
         Probe("upstream", probe.prompt, ("speech",)) for case in docket(context)[:2] for probe in case.probes
     ],
+    roles=("classifier",),
 )
 
 

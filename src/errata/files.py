@@ -1,7 +1,9 @@
 """Files are written whole or not at all; and where caches are."""
 
 import os
+import re
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -17,6 +19,11 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def temporaries(folder: str | Path) -> Iterator[Path]:
+    """What killed processes were writing with `write_atomically`, in a folder and those below it."""
+    return (path for path in Path(folder).rglob(".*") if re.fullmatch(r"\..+\.[0-9a-f]{12}", path.name))
 
 
 def cache_directory(kind: str) -> Path:

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 from errata import errors
 from errata.bench.cases import Case, Probe
-from errata.bench.preset import Method
+from errata.bench.preset import Context, Extra, Method
 from errata.bench.store import PatchCache
-from errata.bench.worker import Given, Job, Outcome, Worker
+from errata.bench.worker import MAKING, Given, Job, Outcome, Worker
 from errata.errors import ConfigError
 from errata.patch import Patch
 
@@ -29,7 +29,7 @@ REACH = 5.0  # seconds in which a cluster has to answer
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """What a worker elsewhere needs to make a `Worker` of its own."""
+    """What a worker elsewhere needs to make a `Worker` of its own. context: without a model, which each worker has itself."""
 
     model_name: str
     dtype: str | None
@@ -39,6 +39,8 @@ class WorkerPlan:
     methods: tuple[Method, ...]
     seed: int
     cache: str | Path | bool | None
+    context: Context | None = None
+    extra: Callable[[Context, Sequence[Case], Sequence[Method]], Extra] | None = None
 
     def model(self) -> tuple[Any, Any]:
         """The model and its tokenizer, loaded."""
@@ -48,10 +50,14 @@ class WorkerPlan:
 
     def worker(self, model: Any, tokenizer: Any, answers: dict[Any, dict[str, Any]] | None = None) -> Worker:
         """A worker with this model."""
-        cache = PatchCache(model, tokenizer, self.cache)
+        cache, parts = PatchCache(model, tokenizer, self.cache), None
+        if self.extra is not None and self.context is not None:
+            context = replace(self.context, model=model, tokenizer=tokenizer)
+            parts = self.extra(context, self.cases, self.methods).parts
         return Worker(
-            model, tokenizer, self.cases, self.world, self.methods, seed=self.seed, cache=cache, answers=answers
-        )
+            model, tokenizer, self.cases, self.world, self.methods,
+            seed=self.seed, cache=cache, answers=answers, parts=parts,
+        )  # fmt: skip
 
 
 Give = Callable[[Job], Given]
@@ -75,6 +81,19 @@ class Engine(Protocol):
 
     def run(self, jobs: Sequence[Job], give: Give, take: Take, plan: WorkerPlan, local: Worker) -> None:
         """Do every job, each after those that it needs (what `jobs` lacks is done), and hand each outcome to `take`."""
+
+
+def longest_first(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs by how many edits have to be made one after another from each on, so that no worker is left with a long chain
+    at the end; in order where that is equal. jobs: each behind those that it needs.
+    """
+    length = {job.name: 0 for job in jobs}
+    for job in reversed(jobs):
+        length[job.name] += job.size if job.kind in MAKING else 0
+        for name in job.needs:
+            if name in length:
+                length[name] = max(length[name], length[job.name])
+    return sorted(jobs, key=lambda job: -length[job.name])
 
 
 @dataclass(frozen=True)
@@ -120,7 +139,7 @@ class ProcessEngine:
         self._pipes, self._processes = [], []
 
     def run(self, jobs: Sequence[Job], give: Give, take: Take, plan: WorkerPlan, local: Worker) -> None:
-        """Do every job; those whose needs are done, in order, in whichever process is free.
+        """Do every job; those whose needs are done, longest chains first, in whichever process is free.
 
         Raises what a job raises (RuntimeError for what is not errata's), and ConfigError for a process that dies.
         """
@@ -129,34 +148,30 @@ class ProcessEngine:
         self._start()
         for pipe in self._pipes:
             pipe.send(plan)
-        # What takes longest in one piece goes first: edits that follow one another, and writes of many at once.
-        waiting = sorted(jobs, key=lambda job: job.span[0] - job.span[1] if job.kind in ("fit", "chain") else 0)
+        waiting = longest_first(jobs)
         open_ = {job.name for job in jobs}
-        fits = {job.name for job in jobs if job.kind in ("fit", "chain")}
         held: dict[Connection, set[str]] = {pipe: set() for pipe in self._pipes}  # fits whose patches a process has
         patches: dict[str, list[bytes]] = {}
         busy: dict[Connection, Job] = {}
-        shared: dict[str, Any] = {}
         try:
             while open_:
                 free = [pipe for pipe in self._pipes if pipe not in busy]
                 for job in [job for job in waiting if not open_ & set(job.needs)][: len(free)]:
                     waiting.remove(job)
-                    needs = [name for name in job.needs if name in fits]
-                    pipe = max(free, key=lambda one: len(held[one] & set(needs)))
+                    given = give(job)
+                    pipe = max(free, key=lambda one: len(held[one] & set(given.fits)))
                     free.remove(pipe)
-                    lacking = {name: patches[name] for name in needs if name not in held[pipe]}
-                    pipe.send((job, give(job).unedited, needs, lacking))
-                    held[pipe] |= set(needs)
+                    lacking = {name: patches[name] for name in given.fits if name not in held[pipe]}
+                    pipe.send((job, given.unedited, given.fits, lacking))
+                    held[pipe] |= set(given.fits)
                     busy[pipe] = job
                 for ready in wait(list(busy)):
                     pipe = next(one for one in busy if one is ready)
                     job = busy[pipe]
                     outcome, sealed = _received(pipe, job)
                     del busy[pipe]
-                    if job.name in fits:
+                    if job.kind in MAKING:
                         patches[job.name] = sealed
-                        outcome = replace(outcome, patches=_opened(sealed, shared))
                         held[pipe].add(job.name)
                     open_.discard(job.name)
                     take(job, outcome)
@@ -246,14 +261,14 @@ def _serve(pipe: Connection, threads: int) -> None:
             worker = found.worker(*loaded[1:], answers)
             continue
         assert worker is not None
-        job, unedited, needs, more = found
+        job, unedited, fits, more = found
         try:
             patches |= {name: _opened(sealed, shared) for name, sealed in more.items()}
-            given = Given(unedited, [patch for name in needs for patch in patches[name]])
+            given = Given(unedited, [patch for name in fits for patch in patches[name]], fits)
             outcome = worker.do(job, given)
-            if job.kind in ("fit", "chain"):
+            if job.kind in MAKING:
                 patches[job.name] = outcome.patches
-            sealed = [patch.to_bytes() for patch in outcome.patches] if job.kind in ("fit", "chain") else []
+            sealed = [patch.to_bytes() for patch in outcome.patches]
             pipe.send((replace(outcome, patches=()), sealed))
         except Exception as error:
             words = str(error.args[0]) if error.args else str(error)  # a KeyError's str is its repr
@@ -281,8 +296,8 @@ class RayEngine:
         _answers(self.address)
 
     def run(self, jobs: Sequence[Job], give: Give, take: Take, plan: WorkerPlan, local: Worker) -> None:
-        """Do every job; those whose needs are done, in order, on whichever worker is free. Raises ConfigError without Ray,
-        or for a job over which `LIVES` workers have died.
+        """Do every job; those whose needs are done, longest chains first, on whichever worker is free. Raises ConfigError
+        without Ray, or for a job over which `LIVES` workers have died.
         """
         with _cluster(self.address) as ray:
             gpus = 1 if plan.device_map and ray.cluster_resources().get("GPU") else 0
@@ -299,7 +314,7 @@ class _Dispatch:
 
     def __init__(self, ray: Any, make: Callable[[], Any], workers: int, jobs: Sequence[Job], give: Give, take: Take):
         self.ray, self.make, self.give, self.take = ray, make, give, take
-        self.waiting = list(jobs)
+        self.waiting = longest_first(jobs)
         self.open = {job.name for job in jobs}
         self.deaths: dict[str, int] = {}
         self.patches: dict[str, Any] = {}  # the name of a fit: its patches in the object store
@@ -326,9 +341,8 @@ class _Dispatch:
         for job in [job for job in self.waiting if not self.open & set(job.needs)][: len(self.idle)]:
             self.waiting.remove(job)
             given = self.give(job)
-            fits = tuple(name for name in job.needs if name in self.patches)
             actor = self.idle.pop()
-            ref = actor.do.remote(job, given.unedited, fits, *(self.patches[name] for name in fits))
+            ref = actor.do.remote(job, given.unedited, given.fits, *(self.patches[name] for name in given.fits))
             self.busy[ref] = (actor, job)
 
     def _back(self, ready: Any) -> None:
@@ -376,8 +390,8 @@ class _Actor:
         """The outcome without its patches, and the patches as files. fits: the names of the packed ones."""
         if self.read[0] != fits:  # the next shard under the same edits reads them no second time
             self.read = (fits, _unpacked(packed))
-        outcome = self.worker.do(job, Given(unedited, self.read[1]))
-        files = [patch.to_bytes() for patch in outcome.patches] if job.kind in ("fit", "chain") else None
+        outcome = self.worker.do(job, Given(unedited, self.read[1], fits))
+        files = [patch.to_bytes() for patch in outcome.patches] if job.kind in MAKING else None
         return replace(outcome, patches=()), files
 
 

@@ -4,13 +4,14 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from errata.bench.cases import Case, Probe
-from errata.errors import ConfigError
+from errata.errors import ConfigError, RequestError
 from errata.model.anatomy import Role, anatomy
+from errata.model.labels import label_id
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -59,6 +60,18 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Extra:
+    """What a preset makes besides rows, in parts that are units of the run like its rows.
+
+    parts: name -> what makes its JSON values, by whichever worker is free, in any order; combine: given all of them by name,
+    writes the run's files.
+    """
+
+    parts: Mapping[str, Callable[[], Any]]
+    combine: Callable[[Mapping[str, Any], Path], None]
+
+
+@dataclass(frozen=True)
 class Preset:
     """A paper's table or figure, or one of ours.
 
@@ -66,9 +79,9 @@ class Preset:
     run has; n: how many cases by default on Atlas, `published_n` on the papers' data. checkpoints: numbers of edits after
     which a sequential method is asked. every, most: edits of a stream between two looks at it, and after which it ends.
     world: probes of the whole run (collateral, unrelated text), asked of every method of setting "all", "sequential" or
-    "stream". extra: further files, made once in the run's directory (traces, sweeps). tables, figures: of the run's rows
-    and directory; a figure function writes PNG files and returns them with their captions. roles: kinds of models
-    (`model.anatomy`) that it is for; empty: any.
+    "stream". extra: of the context, cases and methods, what is made besides (traces, states); other processes import it by
+    its name. tables, figures: of the run's rows and directory; a figure function writes PNG files and returns them with
+    their captions. roles: kinds of models (`model.anatomy`) that it is for; labels: what a classifier must have among its own.
     """
 
     name: str
@@ -83,17 +96,23 @@ class Preset:
     every: int = 50
     most: int = 1000
     world: Callable[[Context], Sequence[Probe]] | None = None
-    extra: Callable[[Context, Path], None] | None = None
+    extra: Callable[[Context, Sequence[Case], Sequence[Method]], Extra] | None = None
     figures: Callable[["DataFrame", Path], Sequence[tuple[Path, str]]] | None = None
-    roles: tuple[Role, ...] = ()
+    roles: tuple[Role, ...] = ("decoder",)
+    labels: tuple[str, ...] = ()
 
 
 def unfit(preset: Preset, model: Any) -> str | None:
     """Why a preset is not for this model, None if it is."""
     role = anatomy(model).role
-    if not preset.roles or role in preset.roles:
-        return None
-    return f"{preset.name} is for models of the kind {' or '.join(preset.roles)}, found {type(model).__name__} ({role})"
+    if role not in preset.roles:
+        return f"{preset.name} is for models of the kind {' or '.join(preset.roles)}, found {type(model).__name__} ({role})"
+    try:
+        for name in preset.labels:
+            label_id(model, name)
+    except RequestError as error:
+        return f"{preset.name} is for other labels: {str(error).rstrip('.')}"
+    return None
 
 
 def available_presets() -> list[str]:
@@ -116,8 +135,9 @@ def get_preset(name: str) -> Preset:
 
 
 def pick_methods(preset: Preset, names: Sequence[str]) -> tuple[Method, ...]:
-    """The preset's methods with these labels; a name that is no label is an editor with the model's options, in the setting of
-    the preset's first method.
+    """The preset's methods with these labels; a name that is no label is an editor with the model's options, in the setting
+    that most of the preset's methods have of those that write all edits at once, or of the others. A preset without methods
+    has none to pick.
 
     Raises ConfigError that lists what there is, near matches first.
     """
@@ -135,6 +155,22 @@ def pick_methods(preset: Preset, names: Sequence[str]) -> tuple[Method, ...]:
                 f"{preset.name} has no method {name!r}, and there is no editor of that name; {hint}"
                 f"it has {', '.join(labels) or 'none'}; further editors are {others}"
             )
-        setting = preset.methods[0].setting if preset.methods else "single"
-        found.append(labels.get(name) or Method(name, name, setting, MODEL))
-    return tuple(found)
+        found.append(labels.get(name) or Method(name, name, _setting(preset, name), MODEL))
+    return tuple(found) if preset.methods else ()
+
+
+def _setting(preset: Preset, editor: str) -> Setting:
+    """The setting of an editor that the preset does not name."""
+    if staged := [m.setting for m in preset.methods if m.setting in STAGED]:
+        return staged[0]
+    joint = _joint(editor, {})
+    usual: Setting = "all" if joint else "single"
+    like = [m.setting for m in preset.methods if _joint(m.editor, m.changes) == joint]
+    return max((usual, *like), key=like.count)
+
+
+def _joint(editor: str, changes: Mapping[str, Any]) -> bool:
+    from errata.editors import get_editor
+
+    kind = get_editor(editor)
+    return kind.wrote_jointly({**asdict(kind().config), **changes})

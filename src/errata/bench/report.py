@@ -18,7 +18,7 @@ from errata.bench.glossary import TERMS, Term
 from errata.bench.metrics import METRICS
 from errata.bench.preset import get_preset
 from errata.bench.rows import SCHEMA, UNEDITED, read_fits, results
-from errata.bench.store import RunDirectory
+from errata.bench.store import RunDirectory, other_sources
 from errata.files import write_atomically
 from errata.model.generate import cut
 
@@ -235,7 +235,12 @@ def _facts(about: Mapping[str, Any], rows: "DataFrame") -> list[tuple[str, str]]
         "threads": str(about.get("threads", "")),
         "engine": f"{about.get('engine')}, {about.get('workers') or 1} at work",
         "started, finished": f"{about.get('started')}, {about.get('finished', 'not yet')}",
-        "resumed": f"{len(about.get('resumed', []))} times" if about.get("resumed") else "",
+        "resumed": "; ".join(
+            f"{start.get('started')} by {start.get('command') or 'no command'} ({start.get('engine')}, "
+            f"{start.get('workers') or 1} at work)"
+            for start in about.get("resumed", [])
+        ),
+        "take care: rows may be of different kinds": "; ".join(other_sources(about)),
     }
     return [(name, value) for name, value in found.items() if value]
 

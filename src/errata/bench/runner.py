@@ -12,7 +12,7 @@ moment, by Ctrl-C or `kill -9`, goes on with the units that are absent, and fits
 - sequential: edit after edit, weight edits merged and the next one fitted on the merged model; at each checkpoint all edits so
   far are asked, with their `position` as a tag. "all" and "sequential" are also asked the preset's probes of the world.
 
-What a preset makes besides (`extra`) is made in this process meanwhile, if the engine's workers are elsewhere.
+What a preset makes besides (`extra`) is made in parts, which are units like any other, and put together at the end.
 """
 
 import dataclasses
@@ -20,13 +20,11 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import Any, Literal
 
 import torch
@@ -39,8 +37,16 @@ from errata.bench.engines import Engine, LocalEngine, WorkerPlan
 from errata.bench.methods import inapplicable, is_atlas, resolved
 from errata.bench.preset import Context, Method, Preset, unfit
 from errata.bench.rows import UNEDITED, tfidf_of, write_cases
-from errata.bench.store import PatchCache, RunDirectory, file_names, json_config
-from errata.bench.worker import MAKING, Given, Job, Outcome, Worker, editor_of
+from errata.bench.store import (
+    NOT_IN_ROWS,
+    PatchCache,
+    RunDirectory,
+    code_digest,
+    file_names,
+    json_config,
+    other_sources,
+)
+from errata.bench.worker import FITTING, MAKING, Given, Job, Outcome, Worker, editor_of
 from errata.errors import ConfigError, EditError
 from errata.patch import Patch
 from errata.prompts.sources import with_old_object
@@ -75,9 +81,6 @@ class Progress:
     left: float | None
 
 
-FITTING = ("single", *MAKING)
-
-
 @dataclass
 class _Pace:
     """Seconds for a case (of jobs without cases: for the job) by method and kind, for the estimate."""
@@ -86,7 +89,7 @@ class _Pace:
 
     def note(self, job: Job, outcome: Outcome) -> None:
         seconds, size = self.spent.get((job.method, job.kind), (0.0, 0))
-        self.spent[job.method, job.kind] = (seconds + outcome.seconds, size + _size(job))
+        self.spent[job.method, job.kind] = (seconds + outcome.seconds, size + job.size)
 
     def left(self, jobs: Sequence[Job], workers: int) -> float | None:
         """None before a fit, of which asking says nothing. What a method has not done yet takes what it takes the others."""
@@ -98,13 +101,9 @@ class _Pace:
             alike.setdefault("fit" if kind in FITTING else kind, []).append(rate)
         mean = {kind: sum(rates) / len(rates) for kind, rates in alike.items()}
         rates = (
-            own.get((j.method, j.kind), mean.get("fit" if j.kind in FITTING else j.kind, 0.0)) * _size(j) for j in jobs
+            own.get((j.method, j.kind), mean.get("fit" if j.kind in FITTING else j.kind, 0.0)) * j.size for j in jobs
         )
         return sum(rates) / max(1, workers) if own else None
-
-
-def _size(job: Job) -> int:
-    return job.span[1] - job.span[0] if job.kind in (*FITTING, "ask") else 1
 
 
 def run(
@@ -150,6 +149,7 @@ def run(
     cases = [_with_old_object(model, tokenizer, case) for case in cases]
     _different("cases", "id", [case.id for case in cases])
     world = list(plan.preset.world(context)) if plan.preset.world is not None else []
+    extra = plan.preset.extra(context, cases, plan.methods) if plan.preset.extra is not None else None
     patches = PatchCache(model, tokenizer, cache)
     weights = [dict(tfidf.idf)] if (tfidf := tfidf_of(cases)) is not None else []
     spec = {
@@ -171,22 +171,36 @@ def run(
         "most": plan.preset.most,
         "shard": shard,
     }
-    about = {"command": command, "engine": used.name, "workers": used.workers, **environment(model), "started": _now()}
+    about = {"command": command, "engine": used.name, **environment(model), "started": _now()}
     about |= {"left_out": left_out}
     with directory.locked():
-        if not directory.begin(spec, about):
+        begun = directory.begin(spec, about)
+        if not (directory.path / "cases.jsonl").exists():
             write_cases(directory.path, cases)
+        methods = plan.methods if cases else ()  # of a preset that asks nothing they are what it makes its parts with
         jobs = plan_jobs(
-            plan.methods, len(cases), len(world), plan.preset.checkpoints, shard, plan.preset.every, plan.preset.most
+            methods, len(cases), len(world), plan.preset.checkpoints, shard, plan.preset.every, plan.preset.most
         )
+        parts = extra.parts if extra is not None else {}
+        jobs += [Job(f"part-{name}", "part", name) for name in parts]
         work = _Work(directory, plan, jobs, progress, used)
+        if not work.lacking() and "finished" in directory.read():
+            return directory
+        if begun:
+            directory.go_on(about)
+            for words in other_sources(directory.read()):
+                warnings.warn(f"the rows of {directory.path} may be of different kinds: {words}", stacklevel=1)
         workers = WorkerPlan(
-            plan.model_name, plan.dtype, plan.device_map, tuple(cases), tuple(world), plan.methods, plan.seed, cache
-        )
-        local = Worker(model, tokenizer, cases, world, plan.methods, seed=plan.seed, cache=patches, answers=answers)
-        with local as worker, _meanwhile(partial(_extra, plan, context, directory), used.elsewhere):
-            used.run(work.lacking(), work.given, work.take, workers, worker)
-        directory.finish(summary(directory, plan.methods) | {"left_out": _left_out(context, directory)}, _now())
+            plan.model_name, plan.dtype, plan.device_map, tuple(cases), tuple(world), plan.methods, plan.seed, cache,
+            replace(context, model=None, tokenizer=None), plan.preset.extra,
+        )  # fmt: skip
+        with Worker(
+            model, tokenizer, cases, world, plan.methods, seed=plan.seed, cache=patches, answers=answers, parts=parts
+        ) as local:
+            used.run(work.lacking(), work.given, work.take, workers, local)
+        if extra is not None:
+            extra.combine({name: directory.part(name) for name in parts}, directory.path)
+        directory.finish(summary(directory, methods) | {"left_out": context.left_out}, _now())
     patches.trim()
     return directory
 
@@ -230,13 +244,14 @@ def plan_jobs(
                 fits.append(jobs[-1].name)
             ask(method, name, n, fits)
         elif method.setting == "stream":
+            after = 0
             for stop in sorted({min(stop, limit, n) for stop in range(look, n + look, look)}):
-                job = Job(f"{name}-stream-{stop:05}", "stream", label, (0, n), stop, tuple(fits[-1:]))
-                fits = [*fits, job.name]
-                jobs += [job, Job(f"{name}-{stop:05}", "ask", label, (0, n), stop, (job.name,))]
+                job = Job(f"{name}-stream-{stop:05}", "stream", label, (0, n), stop, tuple(fits), after)
+                fits = [job.name]
+                jobs += [job, Job(f"{name}-{stop:05}", "ask", label, (0, n), stop, (job.name,), after)]
                 if world:
-                    jobs.append(Job(f"{name}-{stop:05}-world", "world", label, (0, 0), stop, (job.name,)))
-            fits = fits[-1:]
+                    jobs.append(Job(f"{name}-{stop:05}-world", "world", label, (0, 0), stop, (job.name,), after))
+                after = stop
         else:
             stops = sorted({min(n, checkpoint) for checkpoint in (*checkpoints, n)} - {0})
             for start, stop in zip([0, *stops], stops, strict=False):
@@ -260,42 +275,6 @@ def _as_here(method: Method, plan: Plan, model: Any) -> Method:
     return replace(resolved(method, model, plan.model_name), most=method.most if own else None)
 
 
-def _extra(plan: Plan, context: Context, directory: RunDirectory) -> None:
-    if plan.preset.extra is not None and not (directory.path / "extra.json").exists():
-        plan.preset.extra(context, directory.path)
-        directory.write_json("extra.json", {"made": _now(), "left_out": context.left_out})
-
-
-def _left_out(context: Context, directory: RunDirectory) -> dict[str, str]:
-    """What was left out of the data, by what was drawn now and by what was made besides, perhaps before the run was stopped."""
-    path = directory.path / "extra.json"
-    before: dict[str, str] = json.loads(path.read_text(encoding="utf-8")).get("left_out", {}) if path.exists() else {}
-    return before | context.left_out
-
-
-@contextmanager
-def _meanwhile(work: Callable[[], None], beside: bool) -> Iterator[None]:
-    """Do the work while the block runs, or after it; a block that fails waits for nothing."""
-    if not beside:
-        yield
-        work()
-        return
-    failed: list[BaseException] = []
-
-    def at_work() -> None:
-        try:
-            work()
-        except BaseException as error:  # raised where the block ends
-            failed.append(error)
-
-    thread = Thread(target=at_work, daemon=True)
-    thread.start()
-    yield
-    thread.join()
-    if failed:
-        raise failed[0]
-
-
 class _Work:
     """The jobs of a run that are still to do, what each is given, and where its results go."""
 
@@ -311,38 +290,53 @@ class _Work:
         self.jobs = {job.name: job for job in jobs}
         self.total, self.pace = len(jobs), _Pace()
         self._patches: dict[str, tuple[Patch, ...]] = {}
+        self._begun = False
         self._left = self.lacking()
         self._done = self.total - len(self._left)
 
     def lacking(self) -> list[Job]:
-        """The jobs whose results are not there. A fit that is there is done again, from the cache, where patches are needed."""
-        lacking = [job for job in self.jobs.values() if not self._is_there(job)]
-        needed = {name for job in lacking for name in job.needs if self.jobs[name].kind in MAKING}
-        return [job for job in self.jobs.values() if job in lacking or job.name in needed]
+        """The jobs whose results are not there, and those before them whose patches they need, which come from the cache."""
+        wanted = {job.name for job in self.jobs.values() if not self._is_there(job)}
+        for job in reversed(self.jobs.values()):  # each stands behind those that it needs
+            if job.name in wanted:
+                wanted |= set(self._fits(job))
+        return [job for job in self.jobs.values() if job.name in wanted]
+
+    def _fits(self, job: Job) -> tuple[str, ...]:
+        return tuple(name for name in job.needs if self.jobs[name].kind in MAKING)
 
     def _is_there(self, job: Job) -> bool:
         if job.kind == "speed":
             return (self.directory.path / "speeds" / f"{job.name}.json").exists()
+        if job.kind == "part":
+            return self.directory.has_part(job.method)
         fits = job.kind not in FITTING or self.directory.has_fits(job.name)
         rows = job.kind not in ("single", "ask", "world") or self.directory.has(job.name)
         return fits and rows
 
     def given(self, job: Job) -> Given:
-        """What the job is given; the jobs that it needs are done."""
-        fits = [name for name in job.needs if self.jobs[name].kind in MAKING]
+        """What the job is given. Raises RuntimeError if a job whose patches it needs has not been done."""
+        fits = self._fits(job)
+        if lacking := [name for name in fits if name not in self._patches]:
+            raise RuntimeError(f"the unit {job.name} needs the patches of {lacking[0]}, which has not been done")
         patches = [patch for name in fits for patch in self._patches[name]]
         answers = next((name for name in job.needs if self.jobs[name].method == UNEDITED), None)
-        return Given(self.directory.answers(answers) if answers else {}, patches)
+        return Given(self.directory.answers(answers) if answers else {}, patches, fits)
 
     def take(self, job: Job, outcome: Outcome) -> None:
         """Write what a job has made, fits before rows: a unit with rows has all."""
         about = {"run": self.directory.name, "model": self.plan.model_name}
+        if not self._begun:  # by now an engine knows how many there are
+            self.directory.note(workers=self.engine.workers)
+            self._begun = True
         if outcome.fits is not None and not self.directory.has_fits(job.name):
             self.directory.write_fits(job.name, [about | fit for fit in outcome.fits])
         if outcome.rows is not None:
             self.directory.write(job.name, [about | row for row in outcome.rows])
         if outcome.speed is not None:
             self.directory.write_json(f"speeds/{job.name}.json", {"method": job.method, **outcome.speed})
+        if job.kind == "part":
+            self.directory.write_part(job.method, outcome.part)
         if job.kind in MAKING:
             self._patches[job.name] = outcome.patches
         self._left.remove(job)
@@ -392,6 +386,7 @@ def environment(model: Any) -> dict[str, Any]:
             "python": platform.python_version(),
             **{m.__name__: m.__version__ for m in (torch, transformers, numpy, pandas, pyarrow)},
         },
+        "sources": code_digest(NOT_IN_ROWS)[:16],
         "threads": torch.get_num_threads(),
         "machine": {
             "cores": len(affinity(0)) if affinity else os.cpu_count(),

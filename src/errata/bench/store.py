@@ -1,7 +1,8 @@
 """A run on disk, and the cache of patches that runs share.
 
-A run's directory holds `run.json` (what was asked for), `units/<unit>.parquet` (rows), `fits/<unit>.parquet`, `speeds/<method>.json`
-and, once all is done, `summary.json`. Every file is whole or absent, so a run that was killed goes on with the units that it lacks.
+A run's directory holds `run.json` (what was asked for), `units/<unit>.parquet` (rows), `fits/<unit>.parquet`, `speeds/<method>.json`,
+`parts/<part>.json` (what a preset makes besides) and, once all is done, `summary.json`. Every file is whole or absent, so a run
+that was killed goes on with the units that it lacks.
 """
 
 import hashlib
@@ -23,15 +24,17 @@ from errata.edit import EditRequest
 from errata.editor import Editor
 from errata.editors._learned import LearnedEditor
 from errata.errors import ConfigError, PatchFormatError
-from errata.files import cache_directory, write_atomically
+from errata.files import cache_directory, temporaries, write_atomically
 from errata.model.attached import unmerged
 from errata.model.fingerprint import base_of, weights_hash
 from errata.patch import Patch, load_patch
 from errata.scope.gate import gate_for
 
 CACHE_LIMIT = 4 << 30  # bytes
-# Of the package's folders those on which no fit's numbers depend: what they hold reaches a fit as requests only.
+# Of the package's folders those on which no fit's numbers depend: what they hold reaches a fit as requests only; and those on
+# which no row depends.
 _NOT_IN_FITS = ("atlas", "bench", "cli")
+NOT_IN_ROWS = ("atlas", "cli")
 
 
 class RunDirectory:
@@ -54,24 +57,39 @@ class RunDirectory:
         return found
 
     def begin(self, spec: Mapping[str, Any], about: Mapping[str, Any]) -> bool:
-        """Write `run.json`, or find that it asks for the same; whether the run goes on from an earlier start.
+        """Write `run.json`, or find that it asks for the same; whether there was an earlier start. What killed processes were
+        writing is removed.
 
         spec: what decides the rows; about: what else is kept (command, versions, machine, time). Raises ConfigError naming
         the first difference if the directory holds another run, or things that are no run's.
         """
         spec = json.loads(json.dumps(spec))
-        if not (self.path / "run.json").exists():
-            if self.path.exists() and any(self.path.iterdir()):
-                raise ConfigError(f"{self.path} holds other files and no run; name a new or an empty directory")
+        begun = (self.path / "run.json").exists()
+        half = [path for path in temporaries(self.path) if begun or path.name.startswith(".run.json.")]
+        if begun:
+            if (found := difference(self.read()["spec"], spec)) is not None:
+                raise ConfigError(
+                    f"{self.path} holds another run ({found}); name another directory, or repeat its command"
+                )
+        elif self.path.exists() and set(self.path.iterdir()) - set(half):
+            raise ConfigError(f"{self.path} holds other files and no run; name a new or an empty directory")
+        for path in half:
+            path.unlink(missing_ok=True)
+        if not begun:
             self.write_json("run.json", {"spec": spec, **about, "resumed": []})
-            return False
+        return begun
+
+    def go_on(self, about: Mapping[str, Any]) -> None:
+        """Keep a further start beside the first one; the run is not finished any more."""
         there = self.read()
-        if (found := difference(there["spec"], spec)) is not None:
-            raise ConfigError(f"{self.path} holds another run ({found}); name another directory, or repeat its command")
-        for file in self.path.glob("**/.*.parquet.*"):  # what a killed process was writing
-            file.unlink(missing_ok=True)
+        there.pop("finished", None)
         self.write_json("run.json", there | {"resumed": [*there["resumed"], dict(about)]})
-        return True
+
+    def note(self, **facts: Any) -> None:
+        """Add to what is kept of the latest start."""
+        there = self.read()
+        (there["resumed"][-1] if there["resumed"] else there).update(facts)
+        self.write_json("run.json", there)
 
     def finish(self, summary: Mapping[str, Any], finished: str) -> None:
         """Write `summary.json` and the time into `run.json`."""
@@ -101,6 +119,21 @@ class RunDirectory:
         from errata.bench.rows import FITS, write_rows
 
         write_rows(self.path / "fits" / f"{unit}.parquet", fits, FITS)
+
+    def write_part(self, name: str, value: Any) -> None:
+        """Write the JSON values of a part that a preset makes besides, whole or not at all."""
+        write_atomically(self._part(name), json.dumps(value, ensure_ascii=False, default=str) + "\n")
+
+    def has_part(self, name: str) -> bool:
+        """Whether a part is there."""
+        return self._part(name).exists()
+
+    def part(self, name: str) -> Any:
+        """The JSON values of a part."""
+        return json.loads(self._part(name).read_text(encoding="utf-8"))
+
+    def _part(self, name: str) -> Path:
+        return self.path / "parts" / f"{name}.json"
 
     def answers(self, unit: str) -> dict[tuple[str, int], str]:
         """{(case, probe): greedy answer} of an unedited unit."""
@@ -136,6 +169,21 @@ class RunDirectory:
             yield
         finally:
             os.close(folder)
+
+
+def other_sources(about: Mapping[str, Any]) -> list[str]:
+    """In words, what of a run's code differs between its first start and the further ones, by which its rows may differ too."""
+    found = []
+    for start in about.get("resumed", ()):
+        before, now = ({"sources": one.get("sources"), **one.get("versions", {})} for one in (about, start))
+        other = [
+            f"{name} {now[name]} in place of {before[name]}"
+            for name in now
+            if before.get(name) and now[name] and now[name] != before[name]
+        ]
+        if other:
+            found.append(f"begun {about.get('started')}, resumed {start.get('started')} with {', '.join(other)}")
+    return found
 
 
 def difference(there: Any, here: Any, where: str = "") -> str | None:
@@ -279,12 +327,12 @@ def json_config(editor: Editor[Any]) -> dict[str, Any]:
     return found
 
 
-def code_digest() -> str:
-    """SHA-256 of the package's sources that a fit runs through."""
+def code_digest(without: Sequence[str] = _NOT_IN_FITS) -> str:
+    """SHA-256 of the package's sources, without some of its folders; by default of those that a fit runs through."""
     root = Path(errata.__file__).parent
     sha = hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".json")):
-        if path.relative_to(root).parts[0] in _NOT_IN_FITS:
+        if path.relative_to(root).parts[0] in without:
             continue
         sha.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return sha.hexdigest()

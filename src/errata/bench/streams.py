@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 FAILED = "failed"
 NO_EDIT = (ALREADY, COVERED, FAILED)  # outcomes of items that are no edits
 NEW_KEYS = ("add", "split")  # outcomes that add a key to a codebook
-Errors = dict[str, str]
+Errors = dict[str, str]  # item: why
 
 
 # -- the stream ------------------------------------------------------------------------------------------------------------
@@ -51,6 +51,13 @@ def edited(patch: Patch | None) -> list[str]:
     if patch is None:
         return []
     return [i for i in patch.ids if patch.report.get(i, {}).get("outcome") not in NO_EDIT]
+
+
+def failures(patch: Patch, before: Patch | None = None) -> Errors:
+    """{item: why it could not be fitted} of the items that a stream has seen since `before`."""
+    seen = set(before.ids) if before is not None else set()
+    lost = {i: own for i in patch.ids if i not in seen and (own := patch.report.get(i, {})).get("outcome") == FAILED}
+    return {i: own.get("error", "no patch was made") for i, own in lost.items()}
 
 
 def standing(patch: Patch) -> list[str]:
@@ -86,7 +93,11 @@ def follow(
         errors |= failed
         for item in now:
             if item.id in failed:
-                patch = _joined(patch, Patch(editor.method, {}, (item,), {}, (), {item.id: {"outcome": FAILED}}))
+                why = {
+                    "outcome": FAILED,
+                    "error": failed[item.id],
+                }  # here too, for whoever takes the patch from the cache
+                patch = _joined(patch, Patch(editor.method, {}, (item,), {}, (), {item.id: why}))
         if patch is not None and new:
             seconds = (time.perf_counter() - started) / len(new)
             timed = {i: {**patch.report[i], "seconds_fit": round(seconds, 6)} for i in new}

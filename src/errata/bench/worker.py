@@ -5,7 +5,7 @@ A run is cut into jobs beforehand (`errata.bench.runner`), so what is fitted and
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_type_hints
@@ -29,6 +29,7 @@ from errata.steering.parts import Steering
 
 SAMPLED = "generation"
 MAKING = ("fit", "chain", "stream")  # kinds of jobs that make patches for others
+FITTING = ("single", *MAKING)
 NO_ANSWER = (SAMPLED, "unrelated")
 WINDOW = 30  # tokens of an answer that are kept for RippleEdits, F1 and other protocols that read more than the object
 SPEED_PROMPTS, SPEED_TOKENS, SPEED_ROUNDS = 32, 16, 3
@@ -41,23 +42,35 @@ class Job:
     kind: "single" fits the cases and asks each under its own edit; "fit" fits them, "chain" one after another on top of the
     edits before, "stream" goes on with the cases until it holds `edits` edits of what the model gets wrong; "ask" asks
     them, and "world" the run's own probes, with the first `edits` edits in the model (0: unedited); "speed" measures tokens
-    per second with them. needs: names of the jobs whose results this one is made from.
+    per second with them; "part" makes one of the preset's further parts, named by `method`. needs: names of the jobs whose
+    results this one is made from. after: of a stream, the edits at the look before.
     """
 
     name: str
-    kind: Literal["single", "fit", "chain", "stream", "ask", "world", "speed"]
+    kind: Literal["single", "fit", "chain", "stream", "ask", "world", "speed", "part"]
     method: str
     span: tuple[int, int] = (0, 0)
     edits: int = 0
     needs: tuple[str, ...] = ()
+    after: int = 0
+
+    @property
+    def size(self) -> int:
+        """Cases that it fits or asks, edits that a stream is to gain; 1 for what goes by neither."""
+        if self.kind == "stream":
+            return self.edits - self.after
+        return self.span[1] - self.span[0] if self.kind in (*FITTING, "ask") else 1
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a job is given. unedited: {(case, probe): the unedited model's answer}; patches: the edits to put in, in order."""
+    """What a job is given. unedited: {(case, probe): the unedited model's answer}; patches: the edits to put in, in order; fits:
+    names of the jobs that made them.
+    """
 
     unedited: Mapping[tuple[str, int], str] = field(default_factory=dict)
     patches: Sequence[Patch] = ()
+    fits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,7 @@ class Outcome:
     fits: list[dict[str, Any]] | None = None
     patches: tuple[Patch, ...] = ()
     speed: dict[str, float] | None = None
+    part: Any = None  # JSON values
     seconds: float = 0.0
 
 
@@ -85,7 +99,8 @@ def editor_of(method: Method) -> Editor[Any]:
 class Worker:
     """A model with the cases, probes and methods of a run. `close` (or leaving the block) takes every edit off again.
 
-    answers: what the unedited model said so far, filled as it is asked; runs of one model may share it.
+    answers: what the unedited model said so far, filled as it is asked; runs of one model may share it. parts: what makes the
+    preset's further parts, by name.
     """
 
     def __init__(
@@ -99,12 +114,14 @@ class Worker:
         seed: int = 0,
         cache: PatchCache | None = None,
         answers: dict[Any, dict[str, Any]] | None = None,
+        parts: Mapping[str, Callable[[], Any]] | None = None,
     ):
         self.model, self.tokenizer, self.cases, self.world, self.seed = model, tokenizer, cases, world, seed
         self.methods = {method.label: method for method in methods}
         self.editors = {method.label: editor_of(method) for method in methods}
         self.cache = cache or PatchCache(model, tokenizer, folder=False)
         self.answers = answers if answers is not None else {}
+        self.parts = parts or {}
         self._state: tuple[tuple[str, int], ExitStack] | None = None
 
     def __enter__(self) -> "Worker":
@@ -134,6 +151,7 @@ class Worker:
             "ask": self._ask,
             "world": self._ask,
             "speed": self._speed,
+            "part": lambda job, _: Outcome(part=self.parts[job.method]()),
         }[job.kind](job, given)
         return replace(outcome, seconds=time.perf_counter() - started)
 
@@ -189,12 +207,14 @@ class Worker:
 
     def _ask(self, job: Job, given: Given) -> Outcome:
         if job.edits and self.methods[job.method].setting == "stream":
-            if not given.patches:  # the stream had ended before
+            patch = _followed(job, given)
+            made = len(streams.edited(patch))
+            if made <= job.after:  # the stream had ended before
                 return Outcome(rows=[])
             self._install(job, given.patches)
-            asked = streams.standing(given.patches[0])
-            job = replace(job, edits=len(streams.edited(given.patches[0])))
-            return Outcome(rows=self._put(job, given, self._questions(job, asked)))
+            return Outcome(
+                rows=self._put(replace(job, edits=made), given, self._questions(job, streams.standing(patch)))
+            )
         if job.edits:
             self._install(job, given.patches)
         held = {edit for patch in given.patches for edit in patch.ids} if job.edits else None
@@ -311,21 +331,21 @@ class Worker:
         return Outcome(fits=fits, patches=tuple(_shared_gates(patches[len(given.patches) :])))
 
     def _stream(self, job: Job, given: Given) -> Outcome:
-        """Go on with the stream of cases; no patch if there was nothing left to edit."""
+        """Go on with the stream of cases; one that has ended hands on the patch that it has."""
         editor, cases = self.editors[job.method], self.cases[slice(*job.span)]
-        before = given.patches[0] if given.patches else None
-        if before is None and job.needs:
-            return Outcome(fits=[])
+        before = _followed(job, given) if job.needs else None
         requests = list({case.request.id: case.request for case in cases}.values())
+        if before is not None and {request.id for request in requests} <= set(before.ids):
+            return Outcome(fits=[], patches=(before,))
         key = self.cache.key(editor, requests, self.seed, f"stream to {job.edits}, {job.needs}")
-        patch, errors = self.cache.find(key), dict[str, str]()
+        patch = self.cache.find(key)
         if patch is None:
-            patch, errors = streams.follow(editor, self.model, self.tokenizer, requests, job.edits, before, self.seed)
-            if patch is not None:
-                self.cache.keep(key, patch)
-        new = streams.edited(patch)[len(streams.edited(before)) :] if patch else []
-        fits = streams.entries(job.method, cases, patch, new, errors)
-        return Outcome(fits=fits, patches=(patch,) if patch is not None and new else ())
+            patch, _ = streams.follow(editor, self.model, self.tokenizer, requests, job.edits, before, self.seed)
+            assert patch is not None  # there are items, and every one that was seen is in it
+            self.cache.keep(key, patch)
+        new = streams.edited(patch)[len(streams.edited(before)) :]
+        fits = streams.entries(job.method, cases, patch, new, streams.failures(patch, before))
+        return Outcome(fits=fits, patches=(patch,))
 
     def _lineage(self, editor: Editor[Any], patches: Sequence[Patch]) -> str:
         """The key of the last of these edits that is in the weights."""
@@ -364,7 +384,7 @@ class Worker:
         if self.methods[job.method].setting == "single":
             patches = next((list(found.values()) for found in self._first_fits(job)), [])
         self.close()
-        if not patches:
+        if not any(patch.parts for patch in patches):
             return Outcome(speed={})
         prompts = [case.request.text for case in self.cases[:SPEED_PROMPTS]]
         self._pace(prompts)  # the first pass of a process is slower
@@ -373,7 +393,9 @@ class Worker:
             plain = max(plain, self._pace(prompts))
             with self._inside(job, patches):
                 edited = max(edited, self._pace(prompts))
-        return Outcome(speed={"tokens_per_second": edited, "unedited": plain, "edits": job.edits})
+        stream = self.methods[job.method].setting == "stream"
+        edits = len(streams.edited(_followed(job, given))) if stream else job.edits
+        return Outcome(speed={"tokens_per_second": edited, "unedited": plain, "edits": edits})
 
     def _first_fits(self, job: Job) -> Iterator[dict[str, Patch]]:
         for i in range(len(self.cases)):
@@ -391,6 +413,13 @@ class Worker:
 
 
 # -- patches -------------------------------------------------------------------------------------------------------------
+
+
+def _followed(job: Job, given: Given) -> Patch:
+    """The patch of the stream so far. Raises RuntimeError where it is not handed on, which no row may hide."""
+    if not given.patches:
+        raise RuntimeError(f"the unit {job.name} goes on with a stream and was given no patch of it")
+    return given.patches[0]
 
 
 def _mergeable(patch: Patch) -> bool:

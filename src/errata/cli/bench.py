@@ -1,10 +1,12 @@
 """`errata bench`: a preset run on a model, resumed, listed, reported; the papers' tables from one command."""
 
+import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -34,8 +36,10 @@ from errata.cli.common import (
     table,
 )
 from errata.errors import ConfigError, EditError
+from errata.files import write_atomically
 
 EVERY = "all"
+ASKED = "all.json"  # in the folder of `all`: what was asked for
 SMALL = 200_000_000  # parameters of a model that every process may have its own of
 FEW = 16  # cases
 MOST = 8  # processes that are started unasked
@@ -158,38 +162,25 @@ def run(
 ) -> None:
     """Run a preset, or all of them, on a model; an interrupted run with the same command goes on."""
     from errata.bench.data.registry import CHOICES
-    from errata.bench.preset import available_presets, get_preset, pick_methods, unfit
-    from errata.bench.runner import Plan
+    from errata.bench.preset import available_presets, get_preset
 
-    options = data_options(data_option, "--data-option", *CHOICES)
     every = preset == EVERY
-    presets = [get_preset(name) for name in (available_presets() if every else [preset])]
     names = [name.strip() for name in methods.split(",") if name.strip()] if methods else []
-    picked = [pick_methods(p, names) if names else p.methods for p in presets]
+    asked = {
+        "model": model, "methods": names, "n": n, "seed": seed, "data": data, "split": split.value, "dtype": dtype,
+        "device_map": device_map, "data_options": data_options(data_option, "--data-option", *CHOICES),
+    }  # fmt: skip
+    plans = [_plan(get_preset(name), asked) for name in (available_presets() if every else [preset])]
     _check_engine(engine, address, workers, threads)
     loaded, tokenizer = load(model, dtype, device_map, threads)
-    command = shlex.join(["errata", *sys.argv[1:]])
-    found: list[dict[str, Any]] = []
-    lost: list[str] = []
-    answers: dict[Any, dict[str, Any]] = {}
     with _engine(engine, address, workers, threads, loaded, n) as chosen:
-        for one, own in zip(presets, picked, strict=True):
-            if every and (why := unfit(one, loaded)) is not None:
-                notice(f"left out: {why}")
-                continue
-            plan = Plan(one, model, own, n, seed, data, split.value, dtype, device_map, options)
-            where = out_path / one.name if every else out_path
-            try:
-                found.append(_run(plan, where, loaded, tokenizer, chosen, command, report, json_output, answers))
-            except EditError as error:
-                if not every:
-                    raise
-                lost.append(one.name)  # the others are worth having without it
-                notice(f"{one.name} was not finished: {error}")
-    if json_output:
-        emit({"runs": found, "unfinished": lost})
-    if lost:
-        raise typer.Exit(CHECK_FAILED)
+        if every:
+            _begin_all(out_path, asked)
+            _run_all(plans, out_path, loaded, tokenizer, chosen, report, json_output)
+        else:
+            value = _run(plans[0], out_path, loaded, tokenizer, chosen, report, json_output)
+            if json_output:
+                emit({"runs": [value], "unfinished": []})
 
 
 @app.command("resume")
@@ -202,11 +193,19 @@ def resume(
     report: Annotated[bool, typer.Option(help="Write report.html and report.md into the run.")] = True,
     json_output: Json = False,
 ) -> None:
-    """Go on with a run that was stopped, as it was asked for; units that are there are not done again."""
-    from errata.bench.preset import get_preset
+    """Go on with a run that was stopped, or with the folder of `all`, as it was asked for; units that are there are not done again."""
+    from errata.bench.preset import available_presets, get_preset
     from errata.bench.runner import Plan, methods_of
     from errata.bench.store import RunDirectory
 
+    if (run_path / ASKED).is_file():
+        asked = _read_asked(run_path)
+        plans = [_plan(get_preset(name), asked) for name in available_presets()]
+        _check_engine(engine, address, workers, threads)
+        loaded, tokenizer = load(asked["model"], asked["dtype"], asked["device_map"], threads)
+        with _engine(engine, address, workers, threads, loaded, asked["n"]) as chosen:
+            _run_all(plans, run_path, loaded, tokenizer, chosen, report, json_output)
+        return
     kept = RunDirectory(run_path).read()
     spec = kept["spec"]
     plan = Plan(
@@ -215,9 +214,8 @@ def resume(
     )  # fmt: skip
     _check_engine(engine, address, workers, threads)
     loaded, tokenizer = load(plan.model_name, plan.dtype, plan.device_map, threads or kept["threads"])
-    command = shlex.join(["errata", *sys.argv[1:]])
     with _engine(engine, address, workers, threads, loaded, spec["n"]) as chosen:
-        value = _run(plan, run_path, loaded, tokenizer, chosen, command, report, json_output)
+        value = _run(plan, run_path, loaded, tokenizer, chosen, report, json_output)
     if json_output:
         emit(value)
 
@@ -294,30 +292,93 @@ def _processes(model: Any, threads: int | None, n: int | None) -> int:
     return max(1, min(MOST, cores // (threads or 1)))
 
 
+def _plan(preset: Any, asked: Mapping[str, Any]) -> Any:
+    """A preset as it was asked for."""
+    from errata.bench.preset import pick_methods
+    from errata.bench.runner import Plan
+
+    methods = pick_methods(preset, asked["methods"]) if asked["methods"] else preset.methods
+    return Plan(
+        preset, asked["model"], methods, asked["n"], asked["seed"], asked["data"], asked["split"], asked["dtype"],
+        asked["device_map"], asked["data_options"],
+    )  # fmt: skip
+
+
+def _begin_all(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Keep what `all` is asked for, or find that it was asked for before. Raises ConfigError naming the first difference."""
+    from errata.bench.store import difference
+
+    if (folder / ASKED).is_file():
+        if (found := difference(_read_asked(folder), dict(asked))) is not None:
+            raise ConfigError(f"{folder} holds other runs ({found}); name another directory, or repeat their command")
+        return
+    write_atomically(folder / ASKED, json.dumps(asked, indent=1) + "\n")
+
+
+def _read_asked(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / ASKED).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{folder / ASKED} is damaged ({error}); remove it and repeat the command") from None
+    return found
+
+
+def _run_all(
+    plans: list[Any], folder: Path, model: Any, tokenizer: Any, engine: Any, report: bool, json_output: bool
+) -> None:
+    """Run the plans that are for the model, each in a folder of its own. What ends one of them is said, and the others go on."""
+    from errata.bench.preset import unfit
+
+    found: list[dict[str, Any]] = []
+    lost: list[str] = []
+    answers: dict[Any, dict[str, Any]] = {}
+    for plan in plans:
+        name = plan.preset.name
+        if (why := unfit(plan.preset, model)) is not None:
+            notice(f"left out: {why}")
+            continue
+        trace = folder / f"{name}.error.txt"
+        try:
+            found.append(_run(plan, folder / name, model, tokenizer, engine, report, json_output, answers, folder))
+            trace.unlink(missing_ok=True)
+        except EditError as error:
+            lost.append(name)  # the others are worth having without it
+            notice(f"{name} was not finished: {error}")
+        except (typer.Exit, BrokenPipeError):
+            raise
+        except Exception as error:
+            lost.append(name)
+            write_atomically(trace, traceback.format_exc())
+            notice(f"{name} was not finished: {type(error).__name__}: {error} (where it happened is in {trace})")
+    if json_output:
+        emit({"runs": found, "unfinished": lost})
+    if lost:
+        raise typer.Exit(CHECK_FAILED)
+
+
 def _run(
     plan: Any,
     path: Path,
     model: Any,
     tokenizer: Any,
     engine: Any,
-    command: str,
     report: bool,
     quiet: bool,
     answers: dict[Any, dict[str, Any]] | None = None,
+    whole: Path | None = None,
 ) -> dict[str, Any]:
-    """Run a plan with its progress on stderr; the summary as JSON values."""
+    """Run a plan with its progress on stderr; the summary as JSON values. whole: the folder of `all` that it belongs to."""
     from errata.bench import report as reports
     from errata.bench.runner import run as do
 
-    started = time.perf_counter()
+    started, command = time.perf_counter(), shlex.join(["errata", *sys.argv[1:]])
     try:
-        # Beside processes that take the cores this one has a thread; a preset that asks nothing has none, and takes all.
-        spread = bool(plan.methods) and engine.elsewhere
-        with _threads(1 if spread else None), _progress(plan.preset.name) as progress:
+        # Beside processes that take the cores this one has a thread.
+        with _threads(1 if engine.elsewhere else None), _progress(plan.preset.name) as progress:
             do(plan, path, model, tokenizer, engine=engine, command=command, answers=answers, progress=progress)
     except KeyboardInterrupt:
-        begun = (path / "run.json").exists()
-        go_on = f"finished units are kept; `errata bench resume {shlex.quote(str(path))}` goes on"
+        begun = whole is not None or (path / "run.json").exists()
+        go_on = f"finished units are kept; `errata bench resume {shlex.quote(str(whole or path))}` goes on"
         notice(f"interrupted; {go_on if begun else 'nothing was finished yet'}")
         raise typer.Exit(INTERRUPTED) from None
     value = _summary(path, time.perf_counter() - started)
@@ -345,8 +406,6 @@ def _threads(n: int | None) -> Iterator[None]:
 
 
 def _summary(path: Path, seconds: float) -> dict[str, Any]:
-    import json
-
     kept = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     methods = kept["methods"]
     failed = {label: m["failed"] for label, m in methods.items() if m["failed"]}

@@ -101,6 +101,11 @@ def only_bad(context: Context) -> dict[str, Any]:
     return dict(context.data_options)
 
 
+def spans(items: Sequence[Any], size: int) -> dict[str, Sequence[Any]]:
+    """Runs of items, by names for parts of a run: "0000", "0010", ..."""
+    return {f"{start:04}": items[start : start + size] for start in range(0, len(items), size)}
+
+
 def only(cases: Iterable[Case], *kinds: str, most: Mapping[str, int] | None = None) -> list[Case]:
     """The cases with probes of these kinds alone; `most`: at most so many of a kind in a case."""
     found = []

@@ -1,15 +1,16 @@
 """Taking edits back: what the inverse edit leaves behind, and what detaching does (`errata.bench.flexibility`)."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.cases import Case
 from errata.bench.makers import stock_texts
-from errata.bench.methods import resolved
-from errata.bench.preset import Context, Preset
+from errata.bench.preset import Context, Extra, Method, Preset
 from errata.bench.presets import _common as common
+from errata.bench.store import file_names
 from errata.files import write_atomically
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def cases(context: Context) -> Sequence[Case]:
     return ()
 
 
-def taken_back(context: Context, run: Path) -> None:
-    """Write `flexibility.json`: figures of each state by method."""
+def taken_back(context: Context, cases: Sequence[Case], methods: Sequence[Method]) -> Extra:
+    """Figures of each state, method by method; of all `flexibility.json`."""
     from errata.bench.data.registry import first_of_each_fact
     from errata.bench.flexibility import flexibility
     from errata.bench.worker import editor_of
@@ -50,14 +51,17 @@ def taken_back(context: Context, run: Path) -> None:
         }
         update = {"paraphrase_prompts": asked["paraphrase"][:2], "neighborhood_prompts": asked["neighborhood"][:5]}
         requests.append(case.request.model_copy(update=update))
-    found = {}
-    for method in METHODS:
-        editor = editor_of(resolved(method, context.model, context.model_name))
-        measured = flexibility(
-            context.model, context.tokenizer, editor, requests, stock_texts()[:UNRELATED], seed=context.seed
-        )
-        found[method.label] = measured
-    write_atomically(run / "flexibility.json", json.dumps(found, indent=1, default=str) + "\n")
+    names = file_names([method.label for method in methods])
+
+    def part(method: Method) -> dict[str, Any]:
+        texts = stock_texts()[:UNRELATED]
+        return flexibility(context.model, context.tokenizer, editor_of(method), requests, texts, seed=context.seed)
+
+    def combine(made: Mapping[str, Any], run: Path) -> None:
+        found = {label: made[name] for label, name in names.items()}
+        write_atomically(run / "flexibility.json", json.dumps(found, indent=1) + "\n")
+
+    return Extra({names[method.label]: partial(part, method) for method in methods}, combine)
 
 
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
@@ -90,7 +94,7 @@ PRESET = Preset(
     "Taking edits back",
     "ours, after a limitation that Scialanga et al. 2025 name",
     cases,
-    (),
+    METHODS,
     tables,
     n=N,
     published_n=PUBLISHED_N,

@@ -108,4 +108,5 @@ PRESET = Preset(
     world=world,
     figures=figures,
     roles=("classifier",),
+    labels=("9",),  # areas of law; a model of claims has two labels
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.cases import Case
+from errata.bench.data.kilt import FEVER_LABELS
 from errata.bench.preset import Context, Preset
 from errata.bench.presets import _claims as claims
 from errata.bench.presets import _common as common
@@ -81,4 +82,5 @@ PRESET = Preset(
     n=N,
     published_n=PUBLISHED_N,
     roles=("classifier",),
+    labels=FEVER_LABELS,
 )

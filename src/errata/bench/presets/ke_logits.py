@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from errata.bench.cases import Case
+from errata.bench.data.kilt import FEVER_LABELS
 from errata.bench.preset import Context, Preset
 from errata.bench.presets import _claims as claims
 from errata.bench.presets import _common as common
@@ -108,4 +109,5 @@ PRESET = Preset(
     n=N,
     figures=figures,
     roles=("classifier",),
+    labels=FEVER_LABELS,
 )

@@ -71,4 +71,5 @@ PRESET = Preset(
     ),
     tables,
     n=N,
+    roles=("decoder", "encoder-decoder"),
 )

@@ -93,5 +93,6 @@ PRESET = Preset(
     tables,
     n=N,
     published_n=PUBLISHED_N,
+    roles=("decoder", "encoder-decoder"),
     figures=figures,
 )

@@ -1,12 +1,13 @@
 """ROME's causal tracing: average indirect effects of hidden states, MLPs and attentions (Meng et al. 2022, section 2)."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.cases import Case
-from errata.bench.preset import Context, Preset
+from errata.bench.preset import Context, Extra, Method, Preset
 from errata.bench.presets import _common as common
 from errata.files import write_atomically
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 N, PUBLISHED_N = 50, 1000
 KINDS = ("hidden", "mlp", "attention")
+SPAN = 10  # facts of a part
 
 
 def cases(context: Context) -> Sequence[Case]:
@@ -24,14 +26,14 @@ def cases(context: Context) -> Sequence[Case]:
     return ()
 
 
-def traces(context: Context, run: Path) -> None:
-    """Trace the facts and write `trace.json` (averages with their bands) and two figures."""
+def traces(context: Context, cases: Sequence[Case], methods: Sequence[Method]) -> Extra:
+    """The facts traced, a kind and a few facts at a time; of all `trace.json` (averages with their bands) and two figures."""
     from errata.bench.data.records import Problem
     from errata.bench.data.registry import load_facts
     from errata.locate.averages import average
     from errata.locate.figures import average_figure, heat_map, save_figure
     from errata.locate.noise import noise_for
-    from errata.locate.tracing import Dropped, Trace, TracingConfig, trace_facts
+    from errata.locate.tracing import Trace, TracingConfig, trace_facts
 
     own = common.is_atlas(context.model_name)
     name = context.data or ("atlas-known" if own else "known-1000")
@@ -41,17 +43,28 @@ def traces(context: Context, run: Path) -> None:
     facts = load_facts(name, n=number, seed=context.seed, split=context.split, left_out=left_out, **options)
     common.tell(context, name, left_out)
     noise = noise_for(context.model, context.tokenizer, "s3", subjects=[fact.subject for fact in facts])
-    averages, first, dropped = [], [], 0
-    for kind in KINDS:
-        found = list(trace_facts(context.model, context.tokenizer, facts, noise, TracingConfig(kind=kind)))  # type: ignore[arg-type]
-        kept = [trace for trace in found if isinstance(trace, Trace)]
-        dropped = sum(isinstance(trace, Dropped) for trace in found)
-        averages.append(average(kept))
-        first.append(kept[0])
-    about = {"facts": len(facts), "dropped": dropped, "noise": noise.json(), "averages": [a.json() for a in averages]}
-    save_figure(average_figure(averages), run / "figures" / "rome-trace.png")
-    save_figure(heat_map(first), run / "figures" / "rome-trace-one.png")
-    write_atomically(run / "trace.json", json.dumps(about, indent=1) + "\n")
+    spans = common.spans(facts, SPAN)
+
+    def part(kind: Any, span: str) -> list[Any]:
+        """Traces in order, None for a fact that the model does not know."""
+        found = trace_facts(context.model, context.tokenizer, spans[span], noise, TracingConfig(kind=kind))
+        return [trace.json() if isinstance(trace, Trace) else None for trace in found]
+
+    def combine(made: Mapping[str, Any], run: Path) -> None:
+        of_kind = {kind: [one for span in spans for one in made[f"{kind}-{span}"]] for kind in KINDS}
+        kept = {kind: [Trace.of(one) for one in own if one is not None] for kind, own in of_kind.items()}
+        averages = [average(own) for own in kept.values()]
+        about = {
+            "facts": len(facts),
+            "dropped": of_kind[KINDS[-1]].count(None),
+            "noise": noise.json(),
+            "averages": [a.json() for a in averages],
+        }
+        save_figure(average_figure(averages), run / "figures" / "rome-trace.png")
+        save_figure(heat_map([own[0] for own in kept.values()]), run / "figures" / "rome-trace-one.png")
+        write_atomically(run / "trace.json", json.dumps(about, indent=1) + "\n")
+
+    return Extra({f"{kind}-{span}": partial(part, kind, span) for kind in KINDS for span in spans}, combine)
 
 
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:

@@ -6,12 +6,13 @@ regression, cross-validated over prompts, is asked to tell them from the same pr
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.cases import Case
-from errata.bench.preset import Context, Method, Preset
+from errata.bench.preset import Context, Extra, Method, Preset
 from errata.bench.presets import _common as common
 from errata.bench.presets.sake_counterfact import OURS
 from errata.files import write_atomically
@@ -30,6 +31,7 @@ METHODS = (
 )
 PROBED = {"unmapped": "the source's states", "shift": "shifted by the means' difference", "transport": "transported"}
 PROMPTS, FOLDS = 60, 5
+SPAN = 8  # edits of a part
 
 
 def cases(context: Context) -> Sequence[Case]:
@@ -37,13 +39,20 @@ def cases(context: Context) -> Sequence[Case]:
     return common.only(common.draw(context, N, published_n=PUBLISHED_N), "edit", "paraphrase", "neighborhood")
 
 
-def probe_states(context: Context, run: Path) -> None:
-    """Write `states.json`: for each edit how well the probe tells each kind of states from true target states."""
-    found = {}
-    for case in cases(context):
-        if case.request.target_true:
-            found[case.id] = accuracies(context.model, context.tokenizer, case, context.seed)
-    write_atomically(run / "states.json", json.dumps(found, indent=1) + "\n")
+def probe_states(context: Context, cases: Sequence[Case], methods: Sequence[Method]) -> Extra:
+    """For each edit how well the probe tells each kind of states from true target states, a few edits at a time; of all
+    `states.json`.
+    """
+    spans = common.spans([case for case in cases if case.request.target_true], SPAN)
+
+    def part(span: str) -> dict[str, Any]:
+        return {c.id: accuracies(context.model, context.tokenizer, c, context.seed) for c in spans[span]}
+
+    def combine(made: Mapping[str, Any], run: Path) -> None:
+        found = {case: own for values in made.values() for case, own in values.items()}
+        write_atomically(run / "states.json", json.dumps(found, indent=1) + "\n")
+
+    return Extra({f"states-{span}": partial(part, span) for span in spans}, combine)
 
 
 def accuracies(model: Any, tokenizer: Any, case: Case, seed: int) -> dict[str, float]:

@@ -62,4 +62,5 @@ PRESET = Preset(
     n=N,
     published_n=PUBLISHED_N,
     figures=figures,
+    roles=("decoder", "encoder-decoder"),
 )

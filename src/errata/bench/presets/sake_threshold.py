@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.cases import Case
-from errata.bench.preset import Context, Method, Preset
+from errata.bench.preset import Context, Extra, Method, Preset
 from errata.bench.presets import _common as common
 from errata.errors import ConfigError
 from errata.files import write_atomically
@@ -41,8 +41,19 @@ def cases(context: Context) -> Sequence[Case]:
     return common.only(common.draw(context, N, published_n=PUBLISHED_N), "edit", "paraphrase", "neighborhood")
 
 
-def gates(context: Context, run: Path) -> None:
-    """Write `gates.json`: the model's calibrated radius, and distances in a sentence encoder's space, or why there are none."""
+def gates(context: Context, cases: Sequence[Case], methods: Sequence[Method]) -> Extra:
+    """`gates.json`: the model's calibrated radius, and distances in a sentence encoder's space, or why there are none. In one
+    part, so that all distances are one encoder's.
+    """
+
+    def combine(made: Mapping[str, Any], run: Path) -> None:
+        write_atomically(run / "gates.json", json.dumps(made["gates"]) + "\n")
+
+    return Extra({"gates": lambda: distances_of(context, cases)}, combine)
+
+
+def distances_of(context: Context, cases: Sequence[Case]) -> dict[str, Any]:
+    """{"calibrated": radius, and "encoder" and "distances" by case and probe, or "skipped": why there are none}."""
     from errata.scope.encoder import load_encoder
     from errata.scope.gate import gate_for
 
@@ -56,7 +67,7 @@ def gates(context: Context, run: Path) -> None:
             reasons.append(str(error))
             continue
         distances = {}
-        for case in cases(context):
+        for case in cases:
             prompts = list(dict.fromkeys((*case.request.fit_prompts, case.request.text)))
             centre = encoder.encode(prompts).mean(0)
             asked = encoder.encode([probe.prompt for probe in case.probes])
@@ -65,7 +76,7 @@ def gates(context: Context, run: Path) -> None:
         break
     if reasons and "encoder" not in found:
         found["skipped"] = "; ".join(reasons)
-    write_atomically(run / "gates.json", json.dumps(found) + "\n")
+    return found
 
 
 def by_gate(rows: "DataFrame", run: Path) -> dict[str, "DataFrame"]:

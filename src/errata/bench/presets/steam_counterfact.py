@@ -1,13 +1,15 @@
 """STEAM against its bases: does pulling an edit to where its object lives carry it further (Jeong et al. 2025)?"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from errata.bench.cases import Case
 from errata.bench.methods import STEAMS, resolved
-from errata.bench.preset import Context, Method, Preset
+from errata.bench.preset import Context, Extra, Method, Preset
 from errata.bench.presets import _common as common
 from errata.editors._contexts import FIXED
 from errata.files import write_atomically
@@ -62,36 +64,49 @@ def cases(context: Context) -> Sequence[Case]:
     return common.only(drawn, "edit", "paraphrase", "neighborhood", "portability", "generation", most=most)
 
 
-def states(context: Context, run: Path) -> None:
-    """Write `alignment.json` and two figures: cosines with the anchors by layer, and states around a few objects in a plane.
+def states(context: Context, cases: Sequence[Case], methods: Sequence[Method]) -> Extra:
+    """Cosines with the anchors by layer, and states around a few objects in a plane; of both two figures and `alignment.json`.
 
     They need facts to take anchors from, which only Atlas brings; `benchmarks/steam.py` draws them of its dev edits.
     """
+    if not common.is_atlas(context.model_name):
+        return Extra({}, lambda made, run: None)
+
     from errata.atlas.world import load_world
     from errata.bench.alignment import anchor_cosines, object_states
     from errata.bench.worker import editor_of
     from errata.locate.figures import save_figure
     from errata.locate.semantics import cosine_figure, projection_figure
 
-    if not common.is_atlas(context.model_name):
-        return
     model, tokenizer, world, seed = context.model, context.tokenizer, load_world(), context.seed
     base, steam = (cast(Any, editor_of(resolved(m, model, context.model_name))) for m in (BASE, STEAM))
-    editors, requests = {"ROME": base, "STEAM": steam}, [case.request for case in cases(context)[:SHOWN]]
+    editors, requests = {"ROME": base, "STEAM": steam}, [case.request for case in cases[:SHOWN]]
     aligned, edited = steam.aligned_layers(model), base.layers(model)
-    found = anchor_cosines(model, tokenizer, world, requests, editors, seed)
-    if not found:
-        return
-    save_figure(cosine_figure(found, edited, aligned), run / "figures" / f"{COSINES}.png")
-    placed = object_states(model, tokenizer, world, aligned[-1], editors, context.split, seed)
-    title = f"Residual stream before the object, layer {aligned[-1]}"
-    save_figure(projection_figure(placed, "references", title), run / "figures" / f"{PROJECTION}.png")
-    means = {
-        who: {name: x.mean(0).tolist() for name, x in zip(("raw", "centred"), both, strict=True)}
-        for who, both in found.items()
-    }
-    about = {"edits": len(found["STEAM"][0]), "aligned": aligned, "edited": edited, "cosines": means}
-    write_atomically(run / "alignment.json", json.dumps(about, indent=1) + "\n")
+
+    def near() -> dict[str, list[Any]]:
+        found = anchor_cosines(model, tokenizer, world, requests, editors, seed)
+        return {who: [x.tolist() for x in both] for who, both in found.items()}
+
+    def placed() -> dict[str, dict[str, Any]]:
+        found = object_states(model, tokenizer, world, aligned[-1], editors, context.split, seed)
+        return {name: {who: x.tolist() for who, x in own.items()} for name, own in found.items()}
+
+    def combine(made: Mapping[str, Any], run: Path) -> None:
+        if not made[COSINES]:
+            return
+        found = {who: (torch.tensor(raw), torch.tensor(centred)) for who, (raw, centred) in made[COSINES].items()}
+        save_figure(cosine_figure(found, edited, aligned), run / "figures" / f"{COSINES}.png")
+        around = {name: {who: torch.tensor(x) for who, x in own.items()} for name, own in made[PROJECTION].items()}
+        title = f"Residual stream before the object, layer {aligned[-1]}"
+        save_figure(projection_figure(around, "references", title), run / "figures" / f"{PROJECTION}.png")
+        means = {
+            who: {name: x.mean(0).tolist() for name, x in zip(("raw", "centred"), both, strict=True)}
+            for who, both in found.items()
+        }
+        about = {"edits": len(found["STEAM"][0]), "aligned": aligned, "edited": edited, "cosines": means}
+        write_atomically(run / "alignment.json", json.dumps(about, indent=1) + "\n")
+
+    return Extra({COSINES: near, PROJECTION: placed}, combine)
 
 
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
