@@ -1,8 +1,10 @@
 """Probes put to a model, batched and by row, against a plain loop over one prompt at a time."""
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from math import exp
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,6 +183,17 @@ def test_what_should_stay_passes_by_the_unedited_answer_and_not_by_the_name_besi
     unedited = {("c", i): " Something else." for i in range(2)}
     rows = ask(model, tokenizer, [Question("c", "", i, probe) for i, probe in enumerate(own)], unedited=unedited)
     assert [row["passed"] for row in rows] == [False, False, False]
+
+
+def test_the_golden_rows_pass_as_rows_are_written() -> None:
+    """tests/golden/rows.jsonl is invented, so that its figures can be reckoned by hand; what passed is the writer's word."""
+    lines = [json.loads(line) for line in (Path(__file__).parent / "golden/rows.jsonl").read_text().splitlines()]
+    for line in lines:
+        probe = Probe(line["kind"], line["prompt"], tuple(line["expected"]))
+        question = Question(line["case"], line["edit"], line["probe"], probe)
+        made = module._row(question, line["unedited"], {"generated": line["generated"]})
+        assert made["passed"] == line["passed"], line
+    assert len(lines) == 15
 
 
 def test_a_window_keeps_what_stands_behind_the_object_in_any_batch(tokenizer: Any) -> None:

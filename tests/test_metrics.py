@@ -1,4 +1,4 @@
-"""Metrics: each against numbers worked out by hand; the golden run; tables in every form."""
+"""Metrics: each against numbers worked out by hand; the golden rows; tables in every form."""
 
 import json
 import re
@@ -172,6 +172,7 @@ def test_kinds_of_answers_are_means_over_cases(kind: str) -> None:
 
 
 def golden() -> pd.DataFrame:
+    """Two invented edits in the form that runs have, small enough to reckon by hand; `test_ask` holds `passed` to the writer."""
     lines = [json.loads(text) for text in (GOLDEN / "rows.jsonl").read_text().splitlines()]
     return frame(*lines)
 
