@@ -65,7 +65,7 @@ def test_a_small_run_goes_on_and_shows_itself(tmp_path: Path) -> None:
 
 
 def test_what_a_run_leaves_out_of_its_data_is_printed_and_kept(tmp_path: Path) -> None:
-    rewrite = {"prompt": "{} was written in", "relation_id": "P407", "subject": "Codex Umbra"}
+    rewrite: dict[str, Any] = {"prompt": "{} was written in", "relation_id": "P407", "subject": "Codex Umbra"}
     rewrite |= {"target_new": {"str": "Danish"}, "target_true": {"str": "Latin"}}
     row = {"case_id": 1, "requested_rewrite": rewrite, "paraphrase_prompts": [], "neighborhood_prompts": []}
     other = {**row, "case_id": 3, "requested_rewrite": {**rewrite, "target_new": {"str": "Welsh"}}}

@@ -252,7 +252,7 @@ def test_reversed_relations_are_drawn_arm_by_arm(atlas: Any) -> None:
 
 
 def record(case_id: int, subject: str, new: str = "Danish", **changes: Any) -> dict[str, Any]:
-    rewrite = {"prompt": "{} was written in", "relation_id": "P407", "subject": subject}
+    rewrite: dict[str, Any] = {"prompt": "{} was written in", "relation_id": "P407", "subject": subject}
     rewrite |= {"target_new": {"str": new}, "target_true": {"str": "Latin"}}
     prompts = {"paraphrase_prompts": [f"{subject} is in"], "neighborhood_prompts": [], "generation_prompts": []}
     return {"case_id": case_id, "requested_rewrite": rewrite, **prompts, **changes}
@@ -567,8 +567,8 @@ def test_rome_s_tables_show_teacher_forcing_beside_ours_drawdown_and_paired_diff
     assert lines["rome"] == [1.0, 0.0, 1.0, 0.0, 0.5, 0.0, 0.347]  # log 2 of one text in two
     assert "teacher forcing gives away" in table.note
     assert table.beside["efficacy, teacher-forced"] == ("MEMIT's protocol", "efficacy")
-    [line] = paired.rows
-    assert line[0] == "rome - rome-published" and (line[-1].value, line[-1].n) == (0.0, 1)
+    [gap] = paired.rows
+    assert gap[0] == "rome - rome-published" and (gap[-1].value, gap[-1].n) == (0.0, 1)
 
 
 def test_questions_in_a_stream_are_scored_by_token_accuracy_too(tmp_path: Path) -> None:

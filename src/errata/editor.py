@@ -74,7 +74,7 @@ class Editor(ABC, Generic[C]):
         return {}
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> Self:
+    def preset(cls, name: str, /, **changes: Any) -> Self:
         """The editor with a named configuration. Raises ConfigError listing the presets."""
         if name not in cls.presets:
             raise ConfigError(
