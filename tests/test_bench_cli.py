@@ -72,7 +72,7 @@ def test_what_a_run_leaves_out_of_its_data_is_printed_and_kept(tmp_path: Path) -
     rows = [{**one, "generation_prompts": []} for one in (row, other)]
     data, run = tmp_path / "counterfact.json", tmp_path / "run"
     data.write_text(json.dumps([rows[0], {"case_id": 2}, rows[1]]))
-    words = ("sake-counterfact", "--model", "atlas", "--methods", "icl", "--data", data, "--out", run, "--workers", 1)
+    words = ("sake-counterfact", "--model", "atlas", "--methods", "sake", "--data", data, "--out", run, "--workers", 1)
     refused = bench(*words)
     said = " ".join(refused.stderr.split())
     assert refused.exit_code != 0 and "row 2, field requested_rewrite" in said and not run.exists()

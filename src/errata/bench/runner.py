@@ -184,7 +184,7 @@ def run(
         parts = extra.parts if extra is not None else {}
         jobs += [Job(f"part-{name}", "part", name) for name in parts]
         work = _Work(directory, plan, jobs, progress, used)
-        if not work.lacking() and "finished" in directory.read():
+        if not work.lacking() and directory.finished():
             return directory
         if begun:
             directory.go_on(about)

@@ -91,6 +91,10 @@ class RunDirectory:
         (there["resumed"][-1] if there["resumed"] else there).update(facts)
         self.write_json("run.json", there)
 
+    def finished(self) -> bool:
+        """Whether the run was done to its end, summary and all."""
+        return "finished" in self.read() and (self.path / "summary.json").exists()
+
     def finish(self, summary: Mapping[str, Any], finished: str) -> None:
         """Write `summary.json` and the time into `run.json`."""
         self.write_json("summary.json", summary)
