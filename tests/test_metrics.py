@@ -172,7 +172,7 @@ def test_kinds_of_answers_are_means_over_cases(kind: str) -> None:
 
 
 def golden() -> pd.DataFrame:
-    """Two invented edits in the form that runs have, small enough to reckon by hand; `test_ask` holds `passed` to the writer."""
+    """Two invented edits in the form that runs have, small enough to reckon by hand; `test_golden` has a real run."""
     lines = [json.loads(text) for text in (GOLDEN / "rows.jsonl").read_text().splitlines()]
     return frame(*lines)
 
