@@ -23,11 +23,11 @@ from errata.errors import AnatomyError, ConfigError, RequestError
 from errata.model.anatomy import anatomy
 from errata.model.generate import greedy
 from errata.model.hooks import Capture
-from errata.model.labels import label_names, predicted_labels
+from errata.model.labels import label_logits, label_names, predicted_labels
 from errata.model.targets import supervised
 from errata.model.tokens import pad
 from errata.output_table import Site
-from errata.patch import load_patch
+from errata.patch import attach_rows, load_patch
 
 QUICK: dict[str, dict[str, Any]] = {
     "grace": {"radius": 0.01, "steps": 40, "lr": 1.0},
@@ -236,6 +236,21 @@ def test_a_stream_of_the_docket(tmp_path: Path) -> None:
     assert all(said[r.id] == names[int(r.target_new)] for r in edited)
     assert sum(a == names[c.label] for a, c in zip(now, cases, strict=True)) >= 22
     assert sum(a == names[c.label] for a, c in zip(kept, early, strict=True)) >= 50
+
+
+def test_labels_of_rows_with_patches_of_their_own_come_in_the_order_given(
+    closing_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model, edits = tiny_other("bert"), requests_for("bert")[::-1]  # the longer text first
+    patches = [GRACE(**QUICK["grace"], layer=0).fit(model, closing_tokenizer, [r]) for r in edits]
+    alone = []
+    for patch, request in zip(patches, edits, strict=True):
+        with patch.attach(model, closing_tokenizer):
+            alone.append(label_logits(model, closing_tokenizer, [request.text])[0])
+    with attach_rows(model, closing_tokenizer, patches):
+        together = label_logits(model, closing_tokenizer, [r.text for r in edits], batch=1)
+    assert torch.allclose(together, torch.stack(alone), atol=1e-5)
+    assert together.argmax(-1).tolist() == [label_names(model).index(r.target_new) for r in edits]
 
 
 @pytest.mark.parametrize("family", ["t5", "bert"])

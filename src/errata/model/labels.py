@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from errata.errors import ConfigError, RequestError
+from errata.model.attached import by_row
 from errata.model.room import check_room
 from errata.model.tokens import pad, pad_id, token_ids
 
@@ -33,7 +34,8 @@ def label_id(model: Any, name: str) -> int:
 
 
 def label_logits(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 64) -> Tensor:
-    """(n, labels) float32 on CPU: what the classifier gives each text. Texts of like length share a batch.
+    """(n, labels) float32 on CPU: what the classifier gives each text. Texts of like length share a batch; where rows have patches of
+    their own, they are asked at once, in the order given.
 
     Raises RequestError for a text that is longer than the model's positions; ConfigError for a model of one label, which
     scores and does not classify.
@@ -46,6 +48,8 @@ def label_logits(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 
     check_room(model, rows, texts)
     found = torch.empty(len(rows), model.config.num_labels)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    if by_row(model):
+        order, batch = list(range(len(rows))), max(1, len(rows))
     device = next(model.parameters()).device
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
