@@ -383,12 +383,12 @@ def test_patches_are_kept_by_content(place: Path) -> None:
     file.write_bytes(whole[:100])
     assert cache.find(key) is None  # damaged
     cache.keep(key, patch)
-    other = key[::-1]
-    assert other != key
-    cache.keep(other, patch)
+    another = key[::-1]
+    assert another != key
+    cache.keep(another, patch)
     os.utime(file, (1, 1))
     cache.limit = len(whole) + 1
-    assert cache.trim() == 1 and cache.find(key) is None and cache.find(other) == patch
+    assert cache.trim() == 1 and cache.find(key) is None and cache.find(another) == patch
 
 
 # -- stopping and going on -----------------------------------------------------------------------------------------------
