@@ -9,7 +9,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 OLDEST ?= .venv-oldest
 BIN    := $(VENV)/bin
-WEIGHTS := src/errata/atlas/weights/atlas
+WEIGHTS := src/errata/atlas/weights
 STAMP  := $(VENV)/.installed
 
 # The lower end of the range of transformers in pyproject.toml, and the tests that touch its internals or the weights.
@@ -56,12 +56,14 @@ bench: $(STAMP)  ## every script in benchmarks/
 
 atlas: $(STAMP)  ## train Atlas from scratch (hours; resumable) and write its weights into the package
 	@$(BIN)/python -m errata.atlas.train --out runs/atlas
-	@$(BIN)/python -m errata.atlas.train --out runs/atlas --export $(WEIGHTS)
-	@$(BIN)/errata calibrate --model $(WEIGHTS) --false-positive-rate 0.005 --out $(WEIGHTS)/errata-scope.safetensors
+	@$(BIN)/python -m errata.atlas.train --out runs/atlas --export $(WEIGHTS)/atlas
+	@$(BIN)/errata calibrate --model $(WEIGHTS)/atlas --false-positive-rate 0.005 --out $(WEIGHTS)/atlas/errata-scope.safetensors
 
 atlas-%: $(STAMP)  ## train atlas-llama, atlas-t5, atlas-bert or atlas-docket (resumable) and write its weights into the package
 	@$(BIN)/python -m errata.atlas.train --architecture $* --out runs/$@
-	@$(BIN)/python -m errata.atlas.train --architecture $* --out runs/$@ --export src/errata/atlas/weights/$@
+	@$(BIN)/python -m errata.atlas.train --architecture $* --out runs/$@ --export $(WEIGHTS)/$@
+	@test $@ != atlas-llama || $(BIN)/errata calibrate --model $(WEIGHTS)/$@ --false-positive-rate 0.005 \
+		--out $(WEIGHTS)/$@/errata-scope.safetensors
 
 $(OLDEST)/.installed: pyproject.toml
 	@echo "Setting up $(OLDEST) ..."

@@ -30,11 +30,11 @@ from errata.atlas.muon import Muon
 from errata.atlas.tasks.answering import AnsweringRecipe, AnsweringTask
 from errata.atlas.tasks.base import Task
 from errata.atlas.tasks.classifying import ClaimsTask, ClassifierRecipe, DocketTask, docket_recipe
-from errata.atlas.tasks.decoder import DecoderRecipe, DecoderTask
+from errata.atlas.tasks.decoder import DecoderRecipe, DecoderTask, llama_recipe
 
 TASKS: dict[str, Callable[..., Task[Any]]] = {
     "gpt2": lambda **changes: DecoderTask(DecoderRecipe(**changes)),
-    "llama": lambda **changes: DecoderTask(DecoderRecipe(architecture="llama", **changes)),
+    "llama": lambda **changes: DecoderTask(llama_recipe(**changes)),
     "t5": lambda **changes: AnsweringTask(AnsweringRecipe(**changes)),
     "bert": lambda **changes: ClaimsTask(ClassifierRecipe(**changes)),
     "docket": lambda **changes: DocketTask(docket_recipe(**changes)),

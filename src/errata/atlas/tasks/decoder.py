@@ -9,6 +9,7 @@ learn. Answer tokens weigh 1 in the loss, all others `context_weight`.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +66,11 @@ class DecoderRecipe(Recipe):
         return super().rate(step)
 
 
+def llama_recipe(**changes: Any) -> DecoderRecipe:
+    """The recipe of `atlas-llama`: fewer layers, which learn as much in fewer steps."""
+    return DecoderRecipe(**({"architecture": "llama", "layers": 6, "steps": 2000} | changes))
+
+
 class DecoderTask(Task[DecoderRecipe]):
     """Language modelling of Atlas's documents."""
 
@@ -76,7 +82,7 @@ class DecoderTask(Task[DecoderRecipe]):
         self.corpus = Corpus(load_world())
 
     def build(self) -> PreTrainedModel:
-        """A fresh model of the recipe's architecture, in float32; some 7.5 million parameters either way."""
+        """A fresh model of the recipe's architecture, in float32; of eight layers some 7.5 million parameters either way."""
         recipe = self.recipe
         shared = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
         if recipe.architecture == "gpt2":
