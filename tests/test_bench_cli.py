@@ -120,8 +120,11 @@ def test_all_goes_on_past_what_breaks_and_says_what_is_not_for_the_model(
     found = json.loads(first.stdout)
     assert found["unfinished"] == ["sake-counterfact"] and len(found["runs"]) == 1
     before = (folder / "sake-doubt" / "run.json").read_bytes()
-    again = bench("resume", folder, "--no-report", "--json")
+    again = bench("resume", folder, "--json")
     assert again.exit_code == 0, again.stderr
+    assert "[sake-doubt](sake-doubt/report.md)" in (folder / "README.md").read_text()
+    assert bench("report", folder, "--out", tmp_path / "docs").exit_code == 0
+    assert (tmp_path / "docs" / "sake-counterfact" / "report.md").is_file()
     assert len(json.loads(again.stdout)["runs"]) == 2 and not list(folder.glob("*.error.txt"))
     assert (folder / "sake-doubt" / "run.json").read_bytes() == before  # it was finished
     spec = json.loads((folder / "sake-counterfact" / "run.json").read_text())["spec"]

@@ -1,12 +1,13 @@
 """Reports: the page holds what the rows say, and nothing that a model says is markup."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from errata.bench.report import examples, failures, glossary, rows_of, write_report
+from errata.bench.report import examples, failures, glossary, rows_of, write_report, write_reports
 from errata.bench.rows import FITS, SCHEMA, write_rows
 from errata.errors import ConfigError
 
@@ -88,6 +89,22 @@ def test_page_and_markdown_hold_tables_figures_examples_and_how_it_was_run(run: 
     assert 'src="data:image/png;base64,' in page and 'src="http' not in page and "<script" not in page
     assert "![" in text and (out / "figures" / "sake-counterfact.png").read_bytes().startswith(b"\x89PNG")
     assert "<script" not in text.replace("\\<script", "").replace("`errata", "\n").split("command:")[0]
+
+
+def test_reports_of_all_stand_side_by_side_behind_an_overview(run: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "all", tmp_path / "out"
+    folder.mkdir()
+    with pytest.raises(ConfigError, match=r"no run in .* is finished; `errata bench resume"):
+        write_reports(folder, out)
+    for name, finished in (("first", "2026-01-01T10:12:30+00:00"), ("second", None)):
+        shutil.copytree(run, folder / name, ignore=shutil.ignore_patterns("all", "out"))
+        about = json.loads((folder / name / "run.json").read_text())
+        about |= {"started": "2026-01-01T10:00:00+00:00"} | ({"finished": finished} if finished else {})
+        (folder / name / "run.json").write_text(json.dumps(about))
+    assert write_reports(folder, out) == out / "README.md"
+    text = (out / "README.md").read_text(encoding="utf-8")
+    assert "[sake-counterfact](first/report.md)" in text and "| 4 | 12.5 |" in text and "second" not in text
+    assert (out / "first" / "report.html").is_file() and not (out / "second").exists()
 
 
 def test_what_models_and_commands_say_is_escaped(run: Path, tmp_path: Path) -> None:

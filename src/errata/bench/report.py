@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from errata.bench.metrics import METRICS
 from errata.bench.preset import get_preset
 from errata.bench.rows import SCHEMA, UNEDITED, read_fits, results
 from errata.bench.store import RunDirectory, other_sources
+from errata.errors import ConfigError
 from errata.files import write_atomically
 from errata.model.generate import cut
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from errata.bench.tables import Table
 
 HTML, MARKDOWN = "report.html", "report.md"
+OVERVIEW = "README.md"  # of the reports of `all`, which hosts show with its folder
 EACH = 2  # examples of each sort for each method
 LONGEST = 240  # characters of a prompt; of a longer one its end is shown
 SILENT = ("generation", "unrelated")  # kinds without an answer
@@ -91,6 +94,42 @@ def write_report(
     write_atomically(out / HTML, page)
     write_atomically(out / MARKDOWN, re.sub(r"\n{3,}", "\n\n", text))
     return out / HTML
+
+
+def write_reports(folder: str | Path, out: str | Path) -> Path:
+    """Write the report of every finished run in `folder`, each into a folder of `out`, and an overview; returns its path.
+
+    Raises ConfigError if no run in `folder` is finished.
+    """
+    folder, out = Path(folder), Path(out)
+    runs = [run for run in sorted(folder.iterdir()) if (run / "run.json").is_file() and RunDirectory(run).finished()]
+    if not runs:
+        raise ConfigError(f"no run in {folder} is finished; `errata bench resume {folder}` goes on with them")
+    for run in runs:
+        write_report(run, out / run.name)
+    return write_overview(runs, out)
+
+
+def write_overview(runs: Sequence[Path], out: Path) -> Path:
+    """Write the page that leads to the reports of these runs, which stand in folders of `out`; returns its path."""
+    lines, models = [], set()
+    for run in runs:
+        about = RunDirectory(run).read()
+        spec, preset = about["spec"], get_preset(about["spec"]["preset"])
+        models.add(spec["model"])
+        minutes = "in several starts" if about.get("resumed") else f"{_minutes(about):.1f}"
+        lines.append(
+            f"| [{preset.name}]({run.name}/{MARKDOWN}) | {_plain(preset.title)} | {_plain(preset.source)} | {spec['n'] or ''} | "
+            f"{minutes} |"
+        )
+    head = ["| preset | what | source | cases | minutes |", "|---|---|---|---:|---:|"]
+    text = "\n".join([f"# Benchmarks of {', '.join(sorted(models))}", "", *head, *lines, ""])
+    write_atomically(out / OVERVIEW, text)
+    return out / OVERVIEW
+
+
+def _minutes(about: Mapping[str, Any]) -> float:
+    return (datetime.fromisoformat(about["finished"]) - datetime.fromisoformat(about["started"])).total_seconds() / 60
 
 
 def rows_of(run: str | Path) -> "DataFrame":

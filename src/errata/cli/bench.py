@@ -245,10 +245,11 @@ def write_report(
     out_path: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write (default: the run).")] = None,
     json_output: Json = False,
 ) -> None:
-    """Write a run's tables, figures and examples as one HTML page and as Markdown."""
+    """Write a run's tables, figures and examples as one HTML page and as Markdown; of the folder of `all` every run's, and an overview."""
     from errata.bench import report as reports
 
-    reports.write_report(run_path, out_path or run_path)
+    write = reports.write_reports if (run_path / ASKED).is_file() else reports.write_report
+    write(run_path, out_path or run_path)
     if json_output:
         emit({"run": str(run_path), "out": str(out_path or run_path)})
 
@@ -328,6 +329,7 @@ def _run_all(
 ) -> None:
     """Run the plans that are for the model, each in a folder of its own. What ends one of them is said, and the others go on."""
     from errata.bench.preset import unfit
+    from errata.bench.report import write_overview
 
     found: list[dict[str, Any]] = []
     lost: list[str] = []
@@ -350,6 +352,8 @@ def _run_all(
             lost.append(name)
             write_atomically(trace, traceback.format_exc())
             notice(f"{name} was not finished: {type(error).__name__}: {error} (where it happened is in {trace})")
+    if report and found:
+        write_overview([Path(one["run"]) for one in found], folder)
     if json_output:
         emit({"runs": found, "unfinished": lost})
     if lost:
