@@ -86,8 +86,7 @@ class _Weights:
     def add(self, owner: object, parts: Sequence[LowRank]) -> None:
         placed = places(self.model, parts)
         paths = list(dict.fromkeys(path for path, _ in placed))
-        for path in paths:
-            _weight(self.model, path)  # every refusal comes before the first write
+        _refuse_unwritable_weights(self.model, paths)  # every refusal comes before the first write
         self._loads[owner] = placed
         try:
             for path in paths:
@@ -104,14 +103,19 @@ class _Weights:
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Inside, the weights are the originals."""
+        """Inside, the weights are the originals. Nothing may be merged or unmerged in there."""
+        weights = {path: _weight(self.model, path) for path in self._originals}
+        with torch.no_grad():
+            written = {path: weight.detach().clone() for path, weight in weights.items()}
         try:
             with torch.no_grad():
-                for path, original in self._originals.items():
-                    _weight(self.model, path).copy_(original)
+                for path, weight in weights.items():
+                    weight.copy_(self._originals[path])
             yield
         finally:
-            self._write(list(self._originals))
+            with torch.no_grad():
+                for path, weight in weights.items():
+                    weight.copy_(written[path])
 
     def _write(self, paths: Any) -> None:
         """Bring these weights in line with what is merged; forget the originals of those that are restored."""
@@ -141,20 +145,28 @@ def _sum(weight: Tensor, parts: Sequence[LowRank], turned: bool) -> Tensor:
 
 
 def _weight(model: nn.Module, path: str) -> nn.Parameter:
-    """The weight of a linear map. Raises UnsupportedPatchError if an update cannot be written into it."""
-    weight = getattr(base_layer(submodule(model, path)), "weight", None)
-    if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor or weight.dtype not in FLOATS:
-        kind = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
-        raise UnsupportedPatchError(
-            f"the weight of {path!r} is stored as a {kind}, not as plain floating-point numbers, and an update cannot be "
-            "written into quantised weights; attach the patch, or merge it into the unquantised model"
-        )
-    if weight.is_meta:
-        raise UnsupportedPatchError(f"the weight of {path!r} is offloaded; load the model whole to merge a patch")
-    names = [name for name, other in model.named_parameters(remove_duplicate=False) if other is weight]
-    if len(names) > 1:
-        raise UnsupportedPatchError(
-            f"the weight of {path!r} also serves as {next(n for n in names if not n.startswith(path))!r}, where the patch "
-            "does not mean it; attach the patch instead"
-        )
+    weight = base_layer(submodule(model, path)).weight
+    assert isinstance(weight, nn.Parameter)
     return weight
+
+
+def _refuse_unwritable_weights(model: nn.Module, paths: Sequence[str]) -> None:
+    """Raise UnsupportedPatchError if an update cannot be written into the weight of one of these linear maps."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for path in paths:
+        weight = getattr(base_layer(submodule(model, path)), "weight", None)
+        if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor or weight.dtype not in FLOATS:
+            kind = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
+            raise UnsupportedPatchError(
+                f"the weight of {path!r} is stored as a {kind}, not as plain floating-point numbers, and an update cannot be "
+                "written into quantised weights; attach the patch, or merge it into the unquantised model"
+            )
+        if weight.is_meta:
+            raise UnsupportedPatchError(f"the weight of {path!r} is offloaded; load the model whole to merge a patch")
+        if len(own := names[id(weight)]) > 1:
+            raise UnsupportedPatchError(
+                f"the weight of {path!r} also serves as {next(n for n in own if not n.startswith(path))!r}, where the patch "
+                "does not mean it; attach the patch instead"
+            )
