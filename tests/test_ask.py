@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import errata
 from conftest import hooks_of, prefix_points, steering_part, tiny_model, tiny_other
 from errata.bench import ask as module
 from errata.bench.ask import Question, ask
 from errata.bench.cases import STAY, Kind, Probe
 from errata.bench.rows import SCHEMA
 from errata.edit import EditRequest
+from errata.editors import get_editor
 from errata.errors import ConfigError, RequestError
 from errata.low_rank import LowRank
 from errata.model.anatomy import anatomy
@@ -146,6 +148,42 @@ def test_rows_by_row_are_those_of_patches_attached_one_by_one(model: Any, tokeni
         assert {k: v for k, v in one.items() if not isinstance(v, float)} == {
             k: v for k, v in other.items() if not isinstance(v, float)
         }
+
+
+def test_answers_that_are_known_are_checked_and_rows_stay_the_same(model: Any, tokenizer: Any) -> None:
+    patches = patches_of(model, tokenizer)
+    questions = questions_of(patches)
+    plain, expected = ask(model, tokenizer, questions), ask(model, tokenizer, questions, patches=patches)
+    unedited = {(q.case, q.index): row["generated"] for q, row in zip(questions, plain, strict=True)}
+    for one, other in zip(ask(model, tokenizer, questions, patches=patches, unedited=unedited), expected, strict=True):
+        assert one["unedited"] == unedited[one["case"], one["probe"]]  # also where it does not decide
+        assert {k: v for k, v in one.items() if not isinstance(v, float) and k != "unedited"} == {
+            k: v for k, v in other.items() if not isinstance(v, float) and k != "unedited"
+        }
+        assert [v for v in one.values() if isinstance(v, float)] == pytest.approx(
+            [v for v in other.values() if isinstance(v, float)], rel=1e-5, abs=1e-5
+        )
+
+
+def test_an_answer_that_stays_takes_no_step_for_each_of_its_words() -> None:
+    model, tokenizer = errata.load("atlas")
+    request = EditRequest(subject="France", prompt="The capital of {} is", target_true="Paris", target_new="Lyon")
+    patch = get_editor("uniform")().fit(model, tokenizer, [request])
+    prompts = ["The currency of Japan is the", "The capital of Spain is", "The official name of Egypt is", request.text]
+    probes = [Probe("neighborhood", prompt, ("Lyon",), ("Paris",)) for prompt in prompts]
+    questions = [Question("case", request.id, i, probe) for i, probe in enumerate(probes)]
+    unedited = {("case", i): row["generated"] for i, row in enumerate(ask(model, tokenizer, questions))}
+    widths = list[int]()
+    count = model.base_model.register_forward_pre_hook(
+        lambda _, ids, inputs: widths.append((ids[0] if ids else inputs["input_ids"]).shape[1]), with_kwargs=True
+    )
+    with count:
+        rows = ask(model, tokenizer, questions[:3], patches={request.id: patch}, unedited=unedited)
+        kept = widths.copy()
+        rows += ask(model, tokenizer, questions[3:], patches={request.id: patch}, unedited=unedited)
+    assert [row["passed"] for row in rows] == [True, True, True, False] and says(rows[3]["generated"], "Lyon")
+    assert len(kept) <= 4 and max(kept[1:]) >= 4  # the prompts, both names, and once the longest answer that is known
+    assert widths[len(kept) :].count(1) >= 1  # an answer that changes is generated word by word
 
 
 def test_what_is_attached_is_asked_as_it_stands(model: Any, tokenizer: Any) -> None:

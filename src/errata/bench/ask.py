@@ -95,11 +95,16 @@ def ask(
         "generation": partial(_sampled, seed=seed),
         "unrelated": _unrelated,
     }
-    found: dict[int, Row] = {}
+    known, found = dict(unedited or {}), dict[int, Row]()
+    if answered is _answered and known:
+        # Whether an answer stays takes one pass over it, word by word it takes as many as it has; those that change are asked again.
+        at = [i for i, q in enumerate(questions) if _stays(q) and (q.case, q.index) in known]
+        rows = run([questions[i] for i in at], partial(_answered, figures=figures, known=known), patches)
+        found = {i: row for i, row in zip(at, rows, strict=True) if row["generated"] is not None}
     for kind, task in tasks.items():
-        at = [i for i, q in enumerate(questions) if (q.probe.kind if q.probe.kind in tasks else "") == kind]
+        of_kind = (i for i, q in enumerate(questions) if (q.probe.kind if q.probe.kind in tasks else "") == kind)
+        at = [i for i in of_kind if i not in found]
         found |= dict(zip(at, run([questions[i] for i in at], task, patches), strict=True))
-    known = dict(unedited or {})
     if patches is None and bare(model):
         known = {(q.case, q.index): found[i]["generated"] for i, q in enumerate(questions) if _stays(q)} | known
     plain = [q for q in questions if _stays(q) and (q.case, q.index) not in known]
@@ -207,8 +212,12 @@ def _answered(
     prompts: Sequence[str],
     figures: bool = True,
     window: int = 0,
+    known: Mapping[tuple[str, int], str] | None = None,
 ) -> list[Row]:
-    """Greedy answers; with figures also the probabilities and what the gates decided."""
+    """Greedy answers; with figures also the probabilities and what the gates decided.
+
+    known: an answer for each question; then it is the answer where greedy generation would say it, and else None.
+    """
     said = asked(model, prompts)
     ids = token_ids(tokenizer, said)
     names, least = _names(questions), _limits(tokenizer, questions)
@@ -238,7 +247,13 @@ def _answered(
                     if tail:
                         row |= {f"p_{which}": exp(sum(logp) / len(logp)), f"p_{which}_first": exp(logp[0])}
                         row |= {"token_accuracy": sum(hits) / len(hits)} if which == "expected" else {}
-        texts = _greedy(model, tokenizer, batch, cache, first, names, least, windows)
+        if known is None:
+            texts: Sequence[str | None] = _greedy(model, tokenizer, batch, cache, first, names, least, windows)
+        else:
+            wanted = [known[q.case, q.index] for q in questions]
+            tails = [_tail(model, tokenizer, *each) for each in zip(said, wanted, names, least, strict=True)]
+            each = _forced(model, batch, cache, first, tails)
+            texts = [text if hits and all(hits) else None for text, (_, hits) in zip(wanted, each, strict=True)]
     return [row | {"generated": text} for row, text in zip(rows, texts, strict=True)]
 
 
@@ -331,6 +346,13 @@ def _forced(
     return [(own[: len(t)], hit[: len(t)]) for t, own, hit in zip(tails, logp.tolist(), hits.tolist(), strict=True)]
 
 
+def _tail(model: Any, tokenizer: Any, prompt: str, text: str, names: Sequence[str], limit: int) -> list[int]:
+    """The tokens that greedy generation gives if the text is its answer: with the end's, where nothing else ended it."""
+    ids = continuation_ids(tokenizer, prompt, text) if text.strip() else []
+    ends = _stops(model)
+    return ids if len(ids) >= limit or _certain(text, names) or not ends else [*ids, min(ends)]
+
+
 def _greedy(
     model: Any, tokenizer: Any, prompts: Batch, cache: Any, first: Tensor, names: Sequence[Sequence[str]],
     limits: Sequence[int], windows: Sequence[int],
@@ -338,8 +360,7 @@ def _greedy(
     """The raw greedy continuation of each prompt, to its end token, or through its window and to the token that makes its answer
     certain, at most as many as its limit or its window.
     """
-    ends = model.generation_config.eos_token_id
-    stops = {int(token) for token in (ends if isinstance(ends, list) else [ends]) if token is not None}
+    stops = _stops(model)
     most = [max(pair) for pair in zip(limits, windows, strict=True)]
     said: list[list[int]] = [[] for _ in limits]
     texts = [""] * len(said)
@@ -369,6 +390,11 @@ def _step(model: Any, prompts: Batch, cache: Any, ids: Tensor, after: Tensor) ->
             max=(room(model) or torch.iinfo(torch.long).max) - 1
         )
     return model(**inputs, past_key_values=cache, use_cache=True)
+
+
+def _stops(model: Any) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    return {int(token) for token in (ends if isinstance(ends, list) else [ends]) if token is not None}
 
 
 def _certain(text: str, names: Sequence[str]) -> bool:
