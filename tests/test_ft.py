@@ -187,6 +187,28 @@ def test_ewc_pulls_to_where_the_past_was(tiny: Tiny, tokenizer: PreTrainedTokeni
     assert strict < free and not torch.allclose(moved[0.1], moved[0.0])
 
 
+def test_the_gradient_of_ewcs_penalty(
+    tiny: Tiny, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 lambda F (theta - theta*), F the mean squared gradient over the latest edits, theta* where the stream stands."""
+    model, penalties = tiny("gpt2").double(), list[Any]()
+    names = ["transformer.h.0.mlp.c_proj.weight", "transformer.h.0.mlp.c_proj.bias"]
+    held, generator = dict(model.named_parameters()), torch.Generator().manual_seed(0)
+    anchor = {name: 0.01 * torch.randn(held[name].shape, generator=generator, dtype=torch.float64) for name in names}
+    moved = {name: torch.randn(held[name].shape, generator=generator, dtype=torch.float64) for name in names}
+    editor, items = FTEWC(lam=0.3, memory=2), items_of(tokenizer, [*ALL, FRANCE])
+    tuner = Tuner(model, names, editor.config, anchor)
+    monkeypatch.setattr(tuner, "train", lambda rows, penalty: penalties.append(penalty) or {})
+    editor.edit(tuner, items[3], items[:3], 4)
+    squared = [{name: g.square() for name, g in tuner.gradients([item]).items()} for item in items[1:3]]
+    deltas = {name: (anchor[name] + moved[name]).requires_grad_() for name in names}
+    found = torch.autograd.grad(penalties[0](deltas), list(deltas.values()))
+    for name, gradient in zip(names, found, strict=True):
+        torch.testing.assert_close(
+            gradient, 2 * 0.3 * (squared[0][name] + squared[1][name]) / 2 * moved[name], rtol=1e-9, atol=0.0
+        )
+
+
 def test_retraining_comes_after_every_so_many_edits(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny("gpt2")
     options: dict[str, Any] = {"layers": (0,), "steps": 3, "every": 2, "epochs": 2, "until": "loss", "stop": 0.0}
@@ -197,6 +219,57 @@ def test_retraining_comes_after_every_so_many_edits(tiny: Tiny, tokenizer: PreTr
     alone = FT(layers=(0,), steps=2, lr=1e-2, stop=0.0).fit(model, tokenizer, [NEEDLE])
     for name, delta in again.dense[0].deltas.items():  # from the model's own weights, on the latest edit only
         assert torch.allclose(delta, alone.dense[0].deltas[name], atol=1e-7)
+
+
+def test_a_retraining_is_a_step_for_each_edit_in_every_epoch(
+    tiny: Tiny, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by one, however many a batch of the edits themselves may hold, and also where the model says them all."""
+    model, asked = tiny("llama"), list[tuple[str, ...]]()
+    loss = Tuner.loss
+
+    def noted(self: Tuner, items: Any) -> Tensor:
+        asked.append(tuple(item.name for item in items))
+        return loss(self, items)
+
+    monkeypatch.setattr(Tuner, "loss", noted)
+    editor = FTRetrain(layers=(0,), steps=60, every=3, epochs=4)
+    patch = editor.fit(model, tokenizer, ALL)
+    again = patch.report[JAPAN.id]["retrained"]
+    assert again["steps"] == 4 * 3 and len(again["curve"]) == 4
+    assert asked[-12:] == 4 * [(r.target_new,) for r in ALL]
+    calm = FTRetrain(layers=(0,), every=2, epochs=5, stop=100.0).fit(model, tokenizer, [FRANCE, NEEDLE])
+    assert calm.report[NEEDLE.id]["retrained"]["steps"] == 5 * 2  # no loss is low enough to pass an edit by
+
+
+@pytest.mark.parametrize("order", ["edited", "already"])
+def test_a_stream_in_parts_is_the_whole_where_it_contradicts_itself(
+    order: str, tiny: Tiny, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a later request overrules is past no more, edit or not, also in a patch that is gone on from; all edits count."""
+    model, seen = tiny("llama"), list[list[str]]()
+    later = FRANCE.model_copy(update={"target_new": "Earth"})
+    train = Tuner.train
+    if (
+        order == "already"
+    ):  # the model says the later request by itself: it is no edit, and the earlier one is still overruled
+        said = Tuner.says
+        monkeypatch.setattr(Tuner, "says", lambda self, rows: [r.name == "Earth" or said(self, [r])[0] for r in rows])
+
+    def noted(self: Tuner, items: Any, penalty: Any = None, config: Any = None) -> dict[str, Any]:
+        if config is not None:
+            seen.append([item.name for item in items])
+        return train(self, items, penalty, config)
+
+    monkeypatch.setattr(Tuner, "train", noted)
+    count = 3 if order == "edited" else 2
+    editor = FTRetrain(layers=(0,), steps=8, every=count, epochs=2)
+    whole = editor.fit(model, tokenizer, [FRANCE, later, JAPAN])
+    parted = editor.fit(model, tokenizer, [JAPAN], onto=editor.fit(model, tokenizer, [FRANCE, later]))
+    assert seen == 2 * [["Earth", "Paris"] if order == "edited" else ["Paris"]]
+    assert (whole.report[later.id].get("outcome") == "already") == (order == "already")
+    for name, delta in whole.dense[0].deltas.items():
+        assert torch.equal(delta, parted.dense[0].deltas[name])
 
 
 def test_what_was_right_already_is_no_past_edit(

@@ -152,13 +152,18 @@ class Tuner:
             found = torch.autograd.grad(self.loss(items), list(self.deltas.values()))
         return dict(zip(self.deltas, found, strict=True))
 
-    def train(self, items: Sequence[Row], penalty: Penalty | None = None, epochs: int | None = None) -> dict[str, Any]:
-        """Optimise on the items with a fresh optimiser; notes for the report: mean loss of each epoch, nats, and the steps made."""
-        config, curve, made = self.config, list[float](), 0
+    def train(
+        self, items: Sequence[Row], penalty: Penalty | None = None, config: TrainConfig | None = None
+    ) -> dict[str, Any]:
+        """Optimise on the items with a fresh optimiser; notes for the report: mean loss of each epoch, nats, and the steps made.
+
+        config: of this training, where it is not the tuner's own.
+        """
+        config, curve, made = config or self.config, list[float](), 0
         values = list(self.deltas.values())
         adam = config.optimizer == "adam"
         stepping: Any = torch.optim.Adam(values, config.lr) if adam else torch.optim.RMSprop(values, config.lr)
-        for _ in range(epochs or config.steps):
+        for _ in range(config.steps):
             if config.until == "says" and curve and all(self.says(items)):
                 break
             total = 0.0

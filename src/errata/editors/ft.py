@@ -46,6 +46,8 @@ class FTConfig(TrainConfig):
 
 
 C = TypeVar("C", bound=FTConfig)
+Past = dict[str, tuple[str, Item]]
+"""Edits that stand, in their order, by id: what each is about, and its item."""
 _ROME: dict[str, Any] = {"objective": "prompt_last"}
 _KE: dict[str, Any] = {"parameters": "weights", "optimizer": "rmsprop", "lr": 1e-5, "steps": 100, "until": "says"}
 _GRACE: dict[str, Any] = {"order": "stream", "lr": 1e-2, "steps": 100, "until": "says"}
@@ -84,8 +86,12 @@ class FineTuner(Editor[C]):
         names = parameters_of(model, layers, self.config.parameters)
         before = onto or Patch(self.method, asdict(self.config), (), base_of(model, tokenizer, names), ())
         start = _start(before, names, model, tokenizer)
-        edited = [r for r in before.requests if before.report.get(r.id, {}).get("outcome") != ALREADY]
-        past = dict(zip(edited, items_of(tokenizer, edited, self.config.ending), strict=True))
+        past, made = Past(), 0
+        seen = items_of(tokenizer, before.requests, self.config.ending)
+        for request, item in zip(before.requests, seen, strict=True):
+            past = _uncontradicted(past, request)
+            if before.report.get(request.id, {}).get("outcome") != ALREADY:
+                past[request.id], made = (request.key, item), made + 1
         items = items_of(tokenizer, requests, self.config.ending)
         report: dict[str, dict[str, Any]] = {}
         with quiet(model), _without_gradients(model):
@@ -101,12 +107,13 @@ class FineTuner(Editor[C]):
                         progress(i + 1, len(items))
             else:
                 for i, (request, item) in enumerate(zip(requests, items, strict=True)):
+                    past = _uncontradicted(past, request)
                     if self.config.skip and tuner.says([item])[0]:
                         report[request.id] = {"outcome": ALREADY}
                     else:
-                        past = {r: own for r, own in past.items() if not _contradict(r, request)}
-                        report[request.id] = self.edit(tuner, item, list(past.values()))
-                        past[request] = item
+                        made += 1
+                        report[request.id] = self.edit(tuner, item, [own for _, own in past.values()], made)
+                        past[request.id] = request.key, item
                     if progress is not None:
                         progress(i + 1, len(items))
             said = tuner.says(items)
@@ -117,8 +124,9 @@ class FineTuner(Editor[C]):
         part = Dense(tuple(r.id for r in everything), tuner.done())
         return Patch(self.method, asdict(self.config), everything, before.base, (part,), report)
 
-    def edit(self, tuner: Tuner, item: Item, past: Sequence[Item]) -> dict[str, Any]:
-        """One request of a stream: what a subclass changes. past: earlier edits that stand; notes for the report."""
+    def edit(self, tuner: Tuner, item: Item, past: Sequence[Item], number: int) -> dict[str, Any]:
+        """One request of a stream: what a subclass changes. past: earlier edits that no later request contradicts; number: of
+        this edit among all, from 1. Returns notes for the report."""
         return tuner.train([item])
 
 
@@ -151,9 +159,10 @@ class FT(FineTuner[FTConfig]):
     }
 
 
-def _contradict(one: EditRequest, other: EditRequest) -> bool:
-    """Whether two requests are about one thing and ask for different objects."""
-    return one.key == other.key and one.target_new != other.target_new
+def _uncontradicted(past: Past, request: EditRequest) -> Past:
+    """The edits that stand behind a request: without those that are about the same and ask for another object."""
+    about = request.key
+    return {i: (key, item) for i, (key, item) in past.items() if key != about or item.name == request.target_new}
 
 
 def _start(patch: Patch, names: Sequence[str], model: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
