@@ -50,6 +50,19 @@ def test_parameters_are_chosen_by_path(tiny: Tiny) -> None:
         parameters_of(model, [0], "mlp_gate")
 
 
+def test_published_fine_tuning_has_its_models_names() -> None:
+    """Layer, parameters and bound by model, as Meng et al. had them; the whole block (FT-W) was tuned on GPT-J alone."""
+    made = {name: FT.preset(name).config for name in FT.presets if name.startswith(("gpt", "llama"))}
+    assert {name: (c.layers, c.parameters, c.eps) for name, c in made.items()} == {
+        "gpt2-xl": ((1,), "mlp_out", None), "gpt2-xl-attention": ((33,), "attn.c_attn", 1e-3),
+        "gpt-j-6b": ((21,), "mlp_out", None), "gpt-j-6b-block": ((21,), "block", None),
+        "llama-2-7b": ((21,), "mlp_out", None), "llama-3-8b": ((21,), "mlp_out", None),
+        "gpt2-medium-l": ((0,), "mlp_out", 2e-3), "gpt2-large-l": ((0,), "mlp_out", 1e-3),
+        "gpt2-xl-l": ((0,), "mlp_out", 5e-4), "gpt-j-6b-l": ((0,), "mlp_out", 5e-5),
+    }  # fmt: skip
+    assert all((c.objective, c.steps, c.norm) == ("prompt_last", 25, "linf" if c.eps else None) for c in made.values())
+
+
 def test_layers_of_both_stacks(closing_tokenizer: PreTrainedTokenizerFast) -> None:
     """An encoder's blocks are named "encoder.0"; "first" is the one that reads first, and what is not there is refused by name."""
     t5, bert = tiny_other("t5"), tiny_other("bert")
@@ -109,6 +122,47 @@ def test_the_norm_is_never_exceeded(
         sizes.clear()
         FT(layers=layers, parameters="weights", norm=norm, eps=eps, steps=4, lr=lr, stop=0.0).fit(model, tokenizer, ALL)
         assert len(sizes) == 4 and max(sizes) <= eps and max(sizes) > 0.99 * eps
+
+
+def acting(model: Any, patch: Patch) -> Tensor:
+    """What changes in the weights as the model runs with them: the sum rounded to their dtype, less what they are."""
+    held = dict(model.named_parameters())
+    return torch.cat([
+        ((held[name].float() + delta).to(held[name].dtype).double() - held[name].double()).flatten().detach()
+        for name, delta in patch.dense[0].deltas.items()
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("norm, eps", [("linf", 5e-4), ("linf", 3.3e-3), ("l2", 0.02)])
+def test_the_norm_holds_for_what_acts(
+    norm: Any, eps: float, dtype: torch.dtype, tiny: Tiny, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Rounding W + delta to half precision never carries a weight over the bound, which is nearly reached."""
+    model = tiny("gpt2", initializer_range=0.1).to(dtype)
+    patch = FT(layers=(0,), norm=norm, eps=eps, steps=10, lr=1e-2, stop=0.0).fit(model, tokenizer, [FRANCE])
+    change = acting(model, patch)
+    size = float(change.abs().max() if norm == "linf" else change.norm())
+    assert 0.9 * eps < size <= eps
+    assert patch.report[FRANCE.id]["size"] == pytest.approx(float(change.norm()), abs=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_what_is_gone_on_from_is_brought_within_the_norm(
+    norm: Any, tiny: Tiny, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Also where no step is made; inside it stays as it is."""
+    model = tiny("gpt2")
+    far = FT(layers=(0,), steps=3, lr=1e-2, stop=0.0).fit(model, tokenizer, [FRANCE])
+    sizes = {}
+    for eps in (1e-3, 10.0):
+        patch = FT(layers=(0,), norm=norm, eps=eps, stop=1e3).fit(model, tokenizer, [NEEDLE], onto=far)
+        assert patch.report[NEEDLE.id]["steps"] == 0
+        change = acting(model, patch)
+        sizes[eps] = float(change.abs().max() if norm == "linf" else change.norm())
+    assert 0.99e-3 < sizes[1e-3] <= 1e-3
+    [held], [there] = patch.dense, far.dense
+    assert all(torch.equal(delta, there.deltas[name]) for name, delta in held.deltas.items())
 
 
 @pytest.mark.parametrize("preset", [name for name in FT.presets if name.startswith("zhu-")])

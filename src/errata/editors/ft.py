@@ -4,11 +4,13 @@
 until the model says its object, on the weights as the earlier ones left them (Hartvigsen et al. 2023). FT-L (Zhu et al. 2020;
 norm="linf") and its Frobenius form (norm="l2") keep the change small. Emits one dense part. Deltas are trained beside the
 model's weights, which stay as they are. Presets: "ke-first" and "ke-all" are De Cao et al.'s baselines, until the prediction
-flips; "zhu-..." the same within a norm; models' names FT, and with "-l" FT-L, as Meng et al. had them ("gpt2-xl-block" for FT-W,
-whose weight decay was never active).
+flips; "zhu-..." the same within a norm; models' names FT, and with "-l" FT-L, as Meng et al. had them ("gpt-j-6b-block" for FT-W,
+whose weight decay was never active). MEND's own fine-tuning (RMSprop at 5e-6 on what MEND edits, gradients clipped, a KL term on
+other prompts if wanted) has no preset: there is neither clipping nor such a term here.
 
 Differs from the published code by default (the presets restore it): the target is teacher forced, not scored at one position;
-parameters are chosen by path, so layer 2 is not also 20 to 27; the constraint holds whatever number eps is.
+parameters are chosen by path, so layer 2 is not also 20 to 27; the constraint holds whatever number eps is, of the weights as
+the model runs with them, in half precision as well.
 """
 
 from collections.abc import Sequence
@@ -146,7 +148,7 @@ class FT(FineTuner[FTConfig]):
         "gpt2-large-l": _limited(0, 1e-3),
         "gpt2-xl-l": _limited(0, 5e-4),
         "gpt-j-6b-l": _limited(0, 5e-5),
-        "gpt2-xl-block": {**_ROME, "layers": (21,), "parameters": "block"},
+        "gpt-j-6b-block": {**_ROME, "layers": (21,), "parameters": "block"},
         "ke-first": {**_KE, "layers": "first"},
         "ke-all": {**_KE, "layers": "all"},
         "zhu-first": {**_KE, "layers": "first", "norm": "linf"},
