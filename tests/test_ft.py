@@ -252,7 +252,12 @@ def test_the_gradient_of_ewcs_penalty(
     moved = {name: torch.randn(held[name].shape, generator=generator, dtype=torch.float64) for name in names}
     editor, items = FTEWC(lam=0.3, memory=2), items_of(tokenizer, [*ALL, FRANCE])
     tuner = Tuner(model, names, editor.config, anchor)
-    monkeypatch.setattr(tuner, "train", lambda rows, penalty: penalties.append(penalty) or {})
+
+    def taken(rows: Any, penalty: Any) -> dict[str, Any]:
+        penalties.append(penalty)
+        return {}
+
+    monkeypatch.setattr(tuner, "train", taken)
     editor.edit(tuner, items[3], items[:3], 4)
     squared = [{name: g.square() for name, g in tuner.gradients([item]).items()} for item in items[1:3]]
     deltas = {name: (anchor[name] + moved[name]).requires_grad_() for name in names}

@@ -155,6 +155,22 @@ def test_jobs_of_a_stream() -> None:
     assert [(name, edits, needs) for name, kind, edits, needs in own if kind == "stream"][1:] == [
         ("g-stream-00020", 20, ("g-stream-00010",)), ("g-stream-00025", 25, ("g-stream-00020",)),
     ]  # fmt: skip
+    few = plan_jobs([Method("g", "grace", "stream", most=20)], 30, 5, (), 16, 10, 25)
+    assert [(job.edits, job.span) for job in few if job.kind == "stream"] == [(10, (0, 30)), (20, (0, 30))]
+    assert [job.size for job in few if job.kind == "ask" and job.method == "g"] == [10, 20]
+
+
+def test_what_is_measured_comes_right_behind_a_retraining() -> None:
+    """As in the paper, whose streams end after 1,000 edits: every look at FT+Retrain is at a multiple of its edits between two."""
+    [method] = [m for m in paper_methods() if m.editor == "ft_retrain"]
+    every = errata.get_editor("ft_retrain").preset("atlas").config.every
+    for name in ("grace-zsre", "grace-scotus"):
+        preset = get_preset(name)
+        jobs = plan_jobs([method], preset.n, 5, (), 16, preset.every, preset.most)
+        stops = [job.edits for job in jobs if job.kind == "stream"]
+        assert stops and all(stop % every == 0 for stop in stops) and stops[-1] == method.most
+        whole = plan_jobs([replace(method, most=None)], preset.n, 5, (), 16, preset.every, preset.most)
+        assert [job.edits for job in whole if job.kind == "stream"][-1] == preset.most
 
 
 # -- in the runner ---------------------------------------------------------------------------------------------------------
