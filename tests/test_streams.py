@@ -1,5 +1,6 @@
 """The streaming protocol: what is edited and when it is looked at; its presets, data sets and tables."""
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -251,6 +252,26 @@ def test_a_stream_run_and_resumed(streamed: tuple[Path, Any]) -> None:
     columns = ["method", "edits", "case", "probe", "generated"]
     pd.testing.assert_frame_equal(again[columns], rows[columns])
     assert read_fits(out)["edit"].tolist() == fits["edit"].tolist()
+
+
+def test_the_script_that_tries_settings(streamed: tuple[Path, Any]) -> None:
+    """A name set twice takes each value; its figures at the stream's end are the run's own."""
+    out, (model, tokenizer) = streamed
+    path = Path(__file__).parents[1] / "benchmarks" / "streams.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_streams", path)
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.grid(["a=1", "b=x", "a=2"]) == [["a=1", "b=x"], ["a=2", "b=x"]] and script.grid([]) == [[]]
+    context = Context("atlas-docket", model, tokenizer, split="dev")
+    assert STREAM.world is not None
+    found = script.trial(errata.get_editor("grace")(), model, tokenizer, docket(context), STREAM.world(context))
+    rows = read_rows(out)
+    last = rows[(rows["method"] == "grace") & (rows["edits"] == streams.looks(rows, "grace")[-1])]
+    assert found["edits"] == len(read_fits(out)) and found["failed"] == 0
+    for name, kind in (("TRR", "upstream"), ("ERR", "edit"), ("other_wordings", "paraphrase")):
+        own = last[last["kind"] == kind]["passed"]
+        assert found[name]["value"] == pytest.approx(own.mean(), abs=1e-4) and found[name]["n"] == len(own), name
 
 
 def test_inapplicable_methods_are_dashes(streamed: tuple[Path, Any]) -> None:
