@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from conftest import hooks_of, tiny_model
 from errata.codebook import CodebookEntry, Place, Routed
 from errata.edit import EditRequest
+from errata.editors import get_editor
+from errata.editors._items import items_of, losses_of
 from errata.errors import BaseMismatchError, ConfigError, EditError, PatchFormatError, ShapeError
 from errata.maths.codebook import GAP, Codebook, Rules
 from errata.model.anatomy import anatomy
@@ -400,6 +402,46 @@ def test_routed_adapters_answer(tokenizer: PreTrainedTokenizerFast) -> None:
         else:
             expected = torch.softmax(keys @ A_[:5].T + c[:5], -1) @ weights["V"]
         assert torch.allclose(edited, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["defer", "memory"])
+@pytest.mark.parametrize(
+    "mode, key", [("each", "last"), ("all", "last"), ("all", "first"), ("prompt", "last"), ("last", "last")]
+)
+def test_what_adapters_are_trained_in(form: str, mode: Any, key: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The first loss is that of a model whose map puts out g h(q) + (1 - g) f(x) (Defer), sum_j a_j v_j (Memory), at every token
+    x that is replaced, f(x) at all others."""
+    model = tiny_model("gpt2", initializer_range=0.2)
+    edit = EditRequest(prompt=TEXTS[0], target_new="Tokyo")
+    kind: Any = get_editor(form)
+    editor = kind(
+        layer=0, steps=1, stop=0.0, skip=False, replace=mode, key=key, **({"slots": 5} if form == "memory" else {})
+    )
+    [part] = (patch := editor.fit(model, tokenizer, [edit])).outputs
+    weights = editor.blank(128, 32, torch.Generator().manual_seed(0))
+    [item] = items_of(tokenizer, [edit])
+    prompt = len(item.prompt)
+
+    def mixed(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x, found = args[0][0], output[0].clone()
+        asks = prompt - 1 if key == "last" else 0
+        tokens = {"each": range(len(x)), "all": range(len(x)), "prompt": range(asks), "last": [asks]}[mode]
+        for t in tokens:
+            q = x[t if mode == "each" else asks]
+            if form == "memory":
+                found[t] = torch.softmax(weights["U"] @ q + weights["b"], 0) @ weights["V"]
+            else:
+                g = torch.sigmoid(weights["w"] @ q + weights["b"])
+                found[t] = g * (weights["A"] @ q + weights["c"]) + (1 - g) * output[0, t]
+        return found[None]
+
+    module = model.get_submodule(part.place.path(anatomy(model)))
+    with torch.no_grad():
+        [plain] = losses_of(model, [item]).tolist()
+        hook = module.register_forward_hook(mixed)
+        [loss] = losses_of(model, [item]).tolist()
+        hook.remove()
+    assert patch.report[edit.id]["curve"] == [pytest.approx(loss, abs=6e-5)] and abs(loss - plain) > 1e-3
 
 
 def test_a_codebook_of_another_place_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

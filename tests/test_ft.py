@@ -50,6 +50,19 @@ def test_parameters_are_chosen_by_path(tiny: Tiny) -> None:
         parameters_of(model, [0], "mlp_gate")
 
 
+def test_published_fine_tuning_has_its_models_names() -> None:
+    """Layer, parameters and bound by model, as Meng et al. had them; the whole block (FT-W) was tuned on GPT-J alone."""
+    made = {name: FT.preset(name).config for name in FT.presets if name.startswith(("gpt", "llama"))}
+    assert {name: (c.layers, c.parameters, c.eps) for name, c in made.items()} == {
+        "gpt2-xl": ((1,), "mlp_out", None), "gpt2-xl-attention": ((33,), "attn.c_attn", 1e-3),
+        "gpt-j-6b": ((21,), "mlp_out", None), "gpt-j-6b-block": ((21,), "block", None),
+        "llama-2-7b": ((21,), "mlp_out", None), "llama-3-8b": ((21,), "mlp_out", None),
+        "gpt2-medium-l": ((0,), "mlp_out", 2e-3), "gpt2-large-l": ((0,), "mlp_out", 1e-3),
+        "gpt2-xl-l": ((0,), "mlp_out", 5e-4), "gpt-j-6b-l": ((0,), "mlp_out", 5e-5),
+    }  # fmt: skip
+    assert all((c.objective, c.steps, c.norm) == ("prompt_last", 25, "linf" if c.eps else None) for c in made.values())
+
+
 def test_layers_of_both_stacks(closing_tokenizer: PreTrainedTokenizerFast) -> None:
     """An encoder's blocks are named "encoder.0"; "first" is the one that reads first, and what is not there is refused by name."""
     t5, bert = tiny_other("t5"), tiny_other("bert")
@@ -109,6 +122,47 @@ def test_the_norm_is_never_exceeded(
         sizes.clear()
         FT(layers=layers, parameters="weights", norm=norm, eps=eps, steps=4, lr=lr, stop=0.0).fit(model, tokenizer, ALL)
         assert len(sizes) == 4 and max(sizes) <= eps and max(sizes) > 0.99 * eps
+
+
+def acting(model: Any, patch: Patch) -> Tensor:
+    """What changes in the weights as the model runs with them: the sum rounded to their dtype, less what they are."""
+    held = dict(model.named_parameters())
+    return torch.cat([
+        ((held[name].float() + delta).to(held[name].dtype).double() - held[name].double()).flatten().detach()
+        for name, delta in patch.dense[0].deltas.items()
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("norm, eps", [("linf", 5e-4), ("linf", 3.3e-3), ("l2", 0.02)])
+def test_the_norm_holds_for_what_acts(
+    norm: Any, eps: float, dtype: torch.dtype, tiny: Tiny, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Rounding W + delta to half precision never carries a weight over the bound, which is nearly reached."""
+    model = tiny("gpt2", initializer_range=0.1).to(dtype)
+    patch = FT(layers=(0,), norm=norm, eps=eps, steps=10, lr=1e-2, stop=0.0).fit(model, tokenizer, [FRANCE])
+    change = acting(model, patch)
+    size = float(change.abs().max() if norm == "linf" else change.norm())
+    assert 0.9 * eps < size <= eps
+    assert patch.report[FRANCE.id]["size"] == pytest.approx(float(change.norm()), abs=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_what_is_gone_on_from_is_brought_within_the_norm(
+    norm: Any, tiny: Tiny, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Also where no step is made; inside it stays as it is."""
+    model = tiny("gpt2")
+    far = FT(layers=(0,), steps=3, lr=1e-2, stop=0.0).fit(model, tokenizer, [FRANCE])
+    sizes = {}
+    for eps in (1e-3, 10.0):
+        patch = FT(layers=(0,), norm=norm, eps=eps, stop=1e3).fit(model, tokenizer, [NEEDLE], onto=far)
+        assert patch.report[NEEDLE.id]["steps"] == 0
+        change = acting(model, patch)
+        sizes[eps] = float(change.abs().max() if norm == "linf" else change.norm())
+    assert 0.99e-3 < sizes[1e-3] <= 1e-3
+    [held], [there] = patch.dense, far.dense
+    assert all(torch.equal(delta, there.deltas[name]) for name, delta in held.deltas.items())
 
 
 @pytest.mark.parametrize("preset", [name for name in FT.presets if name.startswith("zhu-")])
@@ -187,6 +241,33 @@ def test_ewc_pulls_to_where_the_past_was(tiny: Tiny, tokenizer: PreTrainedTokeni
     assert strict < free and not torch.allclose(moved[0.1], moved[0.0])
 
 
+def test_the_gradient_of_ewcs_penalty(
+    tiny: Tiny, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 lambda F (theta - theta*), F the mean squared gradient over the latest edits, theta* where the stream stands."""
+    model, penalties = tiny("gpt2").double(), list[Any]()
+    names = ["transformer.h.0.mlp.c_proj.weight", "transformer.h.0.mlp.c_proj.bias"]
+    held, generator = dict(model.named_parameters()), torch.Generator().manual_seed(0)
+    anchor = {name: 0.01 * torch.randn(held[name].shape, generator=generator, dtype=torch.float64) for name in names}
+    moved = {name: torch.randn(held[name].shape, generator=generator, dtype=torch.float64) for name in names}
+    editor, items = FTEWC(lam=0.3, memory=2), items_of(tokenizer, [*ALL, FRANCE])
+    tuner = Tuner(model, names, editor.config, anchor)
+
+    def taken(rows: Any, penalty: Any) -> dict[str, Any]:
+        penalties.append(penalty)
+        return {}
+
+    monkeypatch.setattr(tuner, "train", taken)
+    editor.edit(tuner, items[3], items[:3], 4)
+    squared = [{name: g.square() for name, g in tuner.gradients([item]).items()} for item in items[1:3]]
+    deltas = {name: (anchor[name] + moved[name]).requires_grad_() for name in names}
+    found = torch.autograd.grad(penalties[0](deltas), list(deltas.values()))
+    for name, gradient in zip(names, found, strict=True):
+        torch.testing.assert_close(
+            gradient, 2 * 0.3 * (squared[0][name] + squared[1][name]) / 2 * moved[name], rtol=1e-9, atol=0.0
+        )
+
+
 def test_retraining_comes_after_every_so_many_edits(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny("gpt2")
     options: dict[str, Any] = {"layers": (0,), "steps": 3, "every": 2, "epochs": 2, "until": "loss", "stop": 0.0}
@@ -197,6 +278,57 @@ def test_retraining_comes_after_every_so_many_edits(tiny: Tiny, tokenizer: PreTr
     alone = FT(layers=(0,), steps=2, lr=1e-2, stop=0.0).fit(model, tokenizer, [NEEDLE])
     for name, delta in again.dense[0].deltas.items():  # from the model's own weights, on the latest edit only
         assert torch.allclose(delta, alone.dense[0].deltas[name], atol=1e-7)
+
+
+def test_a_retraining_is_a_step_for_each_edit_in_every_epoch(
+    tiny: Tiny, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by one, however many a batch of the edits themselves may hold, and also where the model says them all."""
+    model, asked = tiny("llama"), list[tuple[str, ...]]()
+    loss = Tuner.loss
+
+    def noted(self: Tuner, items: Any) -> Tensor:
+        asked.append(tuple(item.name for item in items))
+        return loss(self, items)
+
+    monkeypatch.setattr(Tuner, "loss", noted)
+    editor = FTRetrain(layers=(0,), steps=60, every=3, epochs=4)
+    patch = editor.fit(model, tokenizer, ALL)
+    again = patch.report[JAPAN.id]["retrained"]
+    assert again["steps"] == 4 * 3 and len(again["curve"]) == 4
+    assert asked[-12:] == 4 * [(r.target_new,) for r in ALL]
+    calm = FTRetrain(layers=(0,), every=2, epochs=5, stop=100.0).fit(model, tokenizer, [FRANCE, NEEDLE])
+    assert calm.report[NEEDLE.id]["retrained"]["steps"] == 5 * 2  # no loss is low enough to pass an edit by
+
+
+@pytest.mark.parametrize("order", ["edited", "already"])
+def test_a_stream_in_parts_is_the_whole_where_it_contradicts_itself(
+    order: str, tiny: Tiny, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a later request overrules is past no more, edit or not, also in a patch that is gone on from; all edits count."""
+    model, seen = tiny("llama"), list[list[str]]()
+    later = FRANCE.model_copy(update={"target_new": "Earth"})
+    train = Tuner.train
+    if (
+        order == "already"
+    ):  # the model says the later request by itself: it is no edit, and the earlier one is still overruled
+        said = Tuner.says
+        monkeypatch.setattr(Tuner, "says", lambda self, rows: [r.name == "Earth" or said(self, [r])[0] for r in rows])
+
+    def noted(self: Tuner, items: Any, penalty: Any = None, config: Any = None) -> dict[str, Any]:
+        if config is not None:
+            seen.append([item.name for item in items])
+        return train(self, items, penalty, config)
+
+    monkeypatch.setattr(Tuner, "train", noted)
+    count = 3 if order == "edited" else 2
+    editor = FTRetrain(layers=(0,), steps=8, every=count, epochs=2)
+    whole = editor.fit(model, tokenizer, [FRANCE, later, JAPAN])
+    parted = editor.fit(model, tokenizer, [JAPAN], onto=editor.fit(model, tokenizer, [FRANCE, later]))
+    assert seen == 2 * [["Earth", "Paris"] if order == "edited" else ["Paris"]]
+    assert (whole.report[later.id].get("outcome") == "already") == (order == "already")
+    for name, delta in whole.dense[0].deltas.items():
+        assert torch.equal(delta, parted.dense[0].deltas[name])
 
 
 def test_what_was_right_already_is_no_past_edit(

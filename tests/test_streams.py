@@ -1,5 +1,6 @@
 """The streaming protocol: what is edited and when it is looked at; its presets, data sets and tables."""
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -155,6 +156,22 @@ def test_jobs_of_a_stream() -> None:
     assert [(name, edits, needs) for name, kind, edits, needs in own if kind == "stream"][1:] == [
         ("g-stream-00020", 20, ("g-stream-00010",)), ("g-stream-00025", 25, ("g-stream-00020",)),
     ]  # fmt: skip
+    few = plan_jobs([Method("g", "grace", "stream", most=20)], 30, 5, (), 16, 10, 25)
+    assert [(job.edits, job.span) for job in few if job.kind == "stream"] == [(10, (0, 30)), (20, (0, 30))]
+    assert [job.size for job in few if job.kind == "ask" and job.method == "g"] == [10, 20]
+
+
+def test_what_is_measured_comes_right_behind_a_retraining() -> None:
+    """As in the paper, whose streams end after 1,000 edits: every look at FT+Retrain is at a multiple of its edits between two."""
+    [method] = [m for m in paper_methods() if m.editor == "ft_retrain"]
+    every = errata.get_editor("ft_retrain").preset("atlas").config.every
+    for name in ("grace-zsre", "grace-scotus"):
+        preset = get_preset(name)
+        jobs = plan_jobs([method], preset.n, 5, (), 16, preset.every, preset.most)
+        stops = [job.edits for job in jobs if job.kind == "stream"]
+        assert stops and all(stop % every == 0 for stop in stops) and stops[-1] == method.most
+        whole = plan_jobs([replace(method, most=None)], preset.n, 5, (), 16, preset.every, preset.most)
+        assert [job.edits for job in whole if job.kind == "stream"][-1] == preset.most
 
 
 # -- in the runner ---------------------------------------------------------------------------------------------------------
@@ -235,6 +252,26 @@ def test_a_stream_run_and_resumed(streamed: tuple[Path, Any]) -> None:
     columns = ["method", "edits", "case", "probe", "generated"]
     pd.testing.assert_frame_equal(again[columns], rows[columns])
     assert read_fits(out)["edit"].tolist() == fits["edit"].tolist()
+
+
+def test_the_script_that_tries_settings(streamed: tuple[Path, Any]) -> None:
+    """A name set twice takes each value; its figures at the stream's end are the run's own."""
+    out, (model, tokenizer) = streamed
+    path = Path(__file__).parents[1] / "benchmarks" / "streams.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_streams", path)
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.grid(["a=1", "b=x", "a=2"]) == [["a=1", "b=x"], ["a=2", "b=x"]] and script.grid([]) == [[]]
+    context = Context("atlas-docket", model, tokenizer, split="dev")
+    assert STREAM.world is not None
+    found = script.trial(errata.get_editor("grace")(), model, tokenizer, docket(context), STREAM.world(context))
+    rows = read_rows(out)
+    last = rows[(rows["method"] == "grace") & (rows["edits"] == streams.looks(rows, "grace")[-1])]
+    assert found["edits"] == len(read_fits(out)) and found["failed"] == 0
+    for name, kind in (("TRR", "upstream"), ("ERR", "edit"), ("other_wordings", "paraphrase")):
+        own = last[last["kind"] == kind]["passed"]
+        assert found[name]["value"] == pytest.approx(own.mean(), abs=1e-4) and found[name]["n"] == len(own), name
 
 
 def test_inapplicable_methods_are_dashes(streamed: tuple[Path, Any]) -> None:

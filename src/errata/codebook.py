@@ -174,10 +174,10 @@ class Routed:
 
 
 def defer(weights: dict[str, Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
-    """Defer's gate g(q) (m,) in [0, 1] and its answer h(q) (m, b) for queries (m, a)."""
+    """Defer's gate g(q) (...) in [0, 1] and its answer h(q) (..., b) for queries (..., a)."""
     return torch.sigmoid(q @ weights["w"] + weights["b"]), q @ weights["A"].T + weights["c"]
 
 
 def remember(weights: dict[str, Tensor], q: Tensor) -> Tensor:
-    """Memory's answer (m, b) for queries (m, a): values weighted by attention over the slots."""
+    """Memory's answer (..., b) for queries (..., a): values weighted by attention over the slots."""
     return torch.softmax(q @ weights["U"].T + weights["b"], -1) @ weights["V"]

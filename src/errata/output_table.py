@@ -24,7 +24,7 @@ from errata.model.hooks import first_tensor, with_first_tensor
 
 OutputPart = CodebookEntry | Routed
 Reply = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Queries (m, a) -> (m,) who has an answer, (m, b) the answers."""
+"""Queries (m, a) -> (m,) who has an answer, (m, b) the answers; or, where one query answers for its row, (m, T, b) by column."""
 
 
 # -- one place -------------------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def replaced(reply: Reply, place: Place, x: Tensor, y: Tensor, at: Tensor) -> Te
         hit, answer = reply(x[torch.arange(len(x), device=x.device), at])
         steps, at = torch.arange(x.shape[1], device=x.device), at[:, None]
         where = {"last": steps == at, "all": (steps >= 0).expand(len(x), -1), "prompt": steps < at}[place.replace]
-        hit, answer = hit[:, None] & where, answer[:, None]
+        hit, answer = hit[:, None] & where, answer if answer.dim() == 3 else answer[:, None]
     return torch.where(hit[..., None], answer.to(y.dtype), y) if bool(hit.any()) else y
 
 

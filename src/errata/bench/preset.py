@@ -28,7 +28,8 @@ class Method:
     ("single"), all of them at once ("all"), one after another on the model that the earlier ones left ("sequential"), or so, but
     only what the model by then gets wrong ("stream", see `errata.bench.streams`).
     apart: of a sequence whose edits do not bear on each other's fits, as steering's do not, so that fits may be spread. most:
-    how many of Atlas's cases it is given, the first ones, where no other number is asked for.
+    how many of Atlas's cases it is given, the first ones, where no other number is asked for; of a stream, after how many edits
+    it ends.
     """
 
     label: str

@@ -244,11 +244,11 @@ def plan_jobs(
                 fits.append(jobs[-1].name)
             ask(method, name, n, fits)
         elif method.setting == "stream":
-            after = 0
-            for stop in sorted({min(stop, limit, n) for stop in range(look, n + look, look)}):
-                job = Job(f"{name}-stream-{stop:05}", "stream", label, (0, n), stop, tuple(fits), after)
+            after, end = 0, min(n, limit)
+            for stop in sorted({min(stop, end) for stop in range(look, end + look, look)}):
+                job = Job(f"{name}-stream-{stop:05}", "stream", label, (0, count), stop, tuple(fits), after)
                 fits = [job.name]
-                jobs += [job, Job(f"{name}-{stop:05}", "ask", label, (0, n), stop, (job.name,), after)]
+                jobs += [job, Job(f"{name}-{stop:05}", "ask", label, (0, count), stop, (job.name,), after)]
                 if world:
                     jobs.append(Job(f"{name}-{stop:05}-world", "world", label, (0, 0), stop, (job.name,), after))
                 after = stop

@@ -157,13 +157,13 @@ def _one_by_one(
     new, failed = list[str](), Errors()
     with ExitStack() as stack:
 
-        def put_in(held: Patch | None) -> None:
+        def renew(held: Patch | None) -> None:
             # One patch of all edits in place of the last costs less than one more on top of it.
             stack.close()
             if held is not None and held.parts:
-                stack.enter_context(_put_in(held, model, tokenizer))
+                stack.enter_context(put_in(held, model, tokenizer))
 
-        put_in(patch)
+        renew(patch)
         for item in items:
             try:
                 if says(model, items_of(tokenizer, [item]))[0]:
@@ -172,11 +172,11 @@ def _one_by_one(
                     found = editor.fit(model, tokenizer, [item], seed=seed)
                     if patch is None or not patch.parts:
                         found = _of_the_original(found, model, tokenizer)
-                    put_in(_joined(patch, found))
+                    renew(_joined(patch, found))
                     new.append(item.id)
             except Exception as error:  # as above
                 failed[item.id] = _words(error)
-                put_in(patch)
+                renew(patch)
                 continue
             patch = _joined(patch, found)
     return patch, new, failed
@@ -189,7 +189,8 @@ def _of_the_original(patch: Patch, model: Any, tokenizer: Any) -> Patch:
         return replace(patch, base=base_of(model, tokenizer, patch.base.get("weights") or {}))
 
 
-def _put_in(patch: Patch, model: Any, tokenizer: Any) -> Any:
+def put_in(patch: Patch, model: Any, tokenizer: Any) -> Any:
+    """A block in which the model has the edits of a stream: low-rank ones merged, any others attached."""
     if all(isinstance(part, LowRank) for part in patch.parts):
         return merge(patch, model, tokenizer)
     return patch.attach(model, tokenizer)

@@ -59,7 +59,10 @@ class Job:
         """Cases that it fits or asks, edits that a stream is to gain; 1 for what goes by neither."""
         if self.kind == "stream":
             return self.edits - self.after
-        return self.span[1] - self.span[0] if self.kind in (*FITTING, "ask") else 1
+        cases = self.span[1] - self.span[0]
+        if self.kind == "ask":
+            return min(cases, self.edits or cases)
+        return cases if self.kind in FITTING else 1
 
 
 @dataclass(frozen=True)

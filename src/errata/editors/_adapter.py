@@ -78,7 +78,10 @@ class AdapterEditor(Editor[C]):
 
     @abstractmethod
     def answer(self, weights: dict[str, Tensor], q: Tensor, y: Tensor) -> Tensor:
-        """What training puts in the place of outputs y (m, b) for queries q (m, a), with a gradient to the weights."""
+        """What training puts in the place of outputs y (..., b) for queries q (..., a), with a gradient to the weights.
+
+        Where one token asks for its row, q is (n, 1, a) beside y (n, T, b).
+        """
 
     def part(self, edits: tuple[str, ...], weights: dict[str, Tensor], place: Place) -> Routed:
         """The adapter as a part of a patch."""
@@ -154,13 +157,12 @@ class _Run:
         if not self._training:
             part = self.editor.part(("",), {name: t.detach() for name, t in self.weights.items()}, self.place)
             return with_first_tensor(output, replaced(routed_reply(part), self.place, x, y, at).reshape(shape))
-        outputs = y.reshape(-1, shape[-1]) if self.place.replace == "each" else None
+        each, own = self.place.replace == "each", y.to(wide)
 
         def reply(q: Tensor) -> tuple[Tensor, Tensor]:
-            own = outputs if outputs is not None else y[torch.arange(n, device=y.device), at]
-            return torch.ones(len(q), dtype=torch.bool, device=q.device), self.editor.answer(
-                self.weights, q, own.to(wide)
-            )
+            asking, outputs = (q, own.reshape(len(q), -1)) if each else (q[:, None], own)
+            answers = self.editor.answer(self.weights, asking, outputs)
+            return torch.ones(len(q), dtype=torch.bool, device=q.device), answers
 
         return with_first_tensor(output, replaced(reply, self.place, x, y, at).reshape(shape))
 

@@ -34,9 +34,10 @@ class TrainConfig:
     of all its linear maps (no biases, norms, embeddings); "block", everything. objective: "target_new", teacher forced, or
     "prompt_last" (published), all target tokens at the prompt's last position. steps: epochs; lr, optimizer: "adam" or
     "rmsprop"; batch: requests in a step. stop: nats below which a batch makes no step, and an epoch is the last; until: "loss"
-    or "says", to end as soon as the model says the targets. norm, eps: of the change, held after every step: "linf" max |delta|
-    <= eps for each parameter (FT-L), "l2" the Frobenius norm over all parameters <= eps (Zhu et al. 2020, both), None; eps None
-    with a norm: `SHARE` of the chosen weights' own, their root mean square for "linf" and their Frobenius norm for "l2".
+    or "says", to end as soon as the model says the targets. norm, eps: of the change that acts (W + delta, rounded to
+    the weight's dtype, less W), held after every step: "linf" max |change| <= eps for each parameter (FT-L), "l2" the Frobenius
+    norm over all parameters <= eps (Zhu et al. 2020, both), None; eps None with a norm: `SHARE` of the chosen weights' own,
+    their root mean square for "linf" and their Frobenius norm for "l2".
     ending: text that the model is to say behind the new object.
     """
 
@@ -125,6 +126,8 @@ class Tuner:
                 delta += start[name].to(delta)
             self.deltas[name] = delta.requires_grad_()
         self.eps = config.eps if config.eps is not None or config.norm is None else SHARE * self._own_size()
+        if start:
+            self.project()
 
     def _own_size(self) -> float:
         """The chosen weights' root mean square ("linf") or Frobenius norm ("l2")."""
@@ -133,10 +136,7 @@ class Tuner:
 
     def call(self, **inputs: Any) -> Any:
         """The model with its deltas."""
-        edited = {
-            name: (self.weights[name] + delta).to(self.weights[name].dtype) for name, delta in self.deltas.items()
-        }
-        return functional_call(self.model, edited, (), inputs)
+        return functional_call(self.model, {name: self._acting(name) for name in self.deltas}, (), inputs)
 
     def says(self, items: Sequence[Row]) -> list[bool]:
         """Whether the model with its deltas says each item's target."""
@@ -152,13 +152,18 @@ class Tuner:
             found = torch.autograd.grad(self.loss(items), list(self.deltas.values()))
         return dict(zip(self.deltas, found, strict=True))
 
-    def train(self, items: Sequence[Row], penalty: Penalty | None = None, epochs: int | None = None) -> dict[str, Any]:
-        """Optimise on the items with a fresh optimiser; notes for the report: mean loss of each epoch, nats, and the steps made."""
-        config, curve, made = self.config, list[float](), 0
+    def train(
+        self, items: Sequence[Row], penalty: Penalty | None = None, config: TrainConfig | None = None
+    ) -> dict[str, Any]:
+        """Optimise on the items with a fresh optimiser; notes for the report: mean loss of each epoch, nats, and the steps made.
+
+        config: of this training, where it is not the tuner's own.
+        """
+        config, curve, made = config or self.config, list[float](), 0
         values = list(self.deltas.values())
         adam = config.optimizer == "adam"
         stepping: Any = torch.optim.Adam(values, config.lr) if adam else torch.optim.RMSprop(values, config.lr)
-        for _ in range(epochs or config.steps):
+        for _ in range(config.steps):
             if config.until == "says" and curve and all(self.says(items)):
                 break
             total = 0.0
@@ -186,17 +191,27 @@ class Tuner:
         """Bring the deltas back into the ball of the norm constraint, where they are outside."""
         if self.eps is None:
             return
-        bound = self.eps * HELD
         if self.config.norm == "linf":
+            bound = self.eps * HELD
+            for name, delta in self.deltas.items():
+                down, up = (_reach(self.weights[name], way).to(delta.dtype) for way in (-bound, bound))
+                delta.clamp_(down, up)
+            return
+        less = 1 - HELD
+        while (size := self.size()) > self.eps:
             for delta in self.deltas.values():
-                delta.clamp_(-bound, bound)
-        elif (size := self.size()) > bound:
-            for delta in self.deltas.values():
-                delta.mul_(bound / size)
+                delta.mul_((1 - less) * self.eps / size)
+            less = min(0.5, 10 * less)  # where rounding W + delta carries it out again
 
+    @torch.no_grad()
     def size(self) -> float:
-        """The Frobenius norm of all deltas together, weight units."""
-        return float(sum(delta.detach().double().square().sum().cpu() for delta in self.deltas.values()) ** 0.5)
+        """The Frobenius norm of all changes together, weight units."""
+        changes = (self._acting(name).double() - self.weights[name].double() for name in self.deltas)
+        return float(sum(change.square().sum().cpu() for change in changes) ** 0.5)
+
+    def _acting(self, name: str) -> Tensor:
+        """The weight with its delta, as the model runs with it."""
+        return (self.weights[name] + self.deltas[name]).to(self.weights[name].dtype)
 
     def reset(self) -> None:
         """Back to the model's own weights."""
@@ -207,3 +222,11 @@ class Tuner:
     def done(self) -> dict[str, Tensor]:
         """The deltas, on the CPU."""
         return {name: delta.detach().cpu().clone() for name, delta in self.deltas.items()}
+
+
+def _reach(weight: Tensor, bound: float) -> Tensor:
+    """The change of each weight to the last number of its dtype that lies at W + bound or before, in float64. bound: of either sign."""
+    wide = weight.double()
+    there = (wide + bound).to(weight.dtype)
+    beyond = (there.double() - wide).abs() > abs(bound)
+    return torch.where(beyond, torch.nextafter(there, weight), there).double() - wide

@@ -1,8 +1,8 @@
 """Defer: a gate at one layer that hands a query over to a linear map of its own (Hartvigsen et al. 2023, after SERAC).
 
-g(q) = sigmoid(w q + b) and h(q) = A q + c on the input q of one linear map f. Training mixes, g h(q) + (1 - g) f(q);
-afterwards the output is h(q) where g(q) reaches the threshold, else f(q). The gate only ever sees what is to be edited, so it
-drifts towards "always": a weak stand-in for a scope classifier. Emits one routed part.
+g(q) = sigmoid(w q + b) and h(q) = A q + c on the input q of one linear map f. Training mixes, g h(q) + (1 - g) f(x) at every
+token x that is replaced; afterwards the output there is h(q) where g(q) reaches the threshold, else f(x). The gate only ever
+sees what is to be edited, so it drifts towards "always": a weak stand-in for a scope classifier. Emits one routed part.
 
 Differs from the published code by default (preset "published" restores it): each token asks for itself, training ends once the
 model says the object, and the threshold is an option.
@@ -58,7 +58,7 @@ class Defer(AdapterEditor[DeferConfig]):
     def answer(self, weights: dict[str, Tensor], q: Tensor, y: Tensor) -> Tensor:
         """The mixture g h(q) + (1 - g) y."""
         gate, answers = defer(weights, q)
-        return gate[:, None] * answers + (1 - gate[:, None]) * y
+        return gate[..., None] * answers + (1 - gate[..., None]) * y
 
     def part(self, edits: tuple[str, ...], weights: dict[str, Tensor], place: Place) -> Routed:
         """The adapter with the configured threshold."""

@@ -4,11 +4,13 @@
 until the model says its object, on the weights as the earlier ones left them (Hartvigsen et al. 2023). FT-L (Zhu et al. 2020;
 norm="linf") and its Frobenius form (norm="l2") keep the change small. Emits one dense part. Deltas are trained beside the
 model's weights, which stay as they are. Presets: "ke-first" and "ke-all" are De Cao et al.'s baselines, until the prediction
-flips; "zhu-..." the same within a norm; models' names FT, and with "-l" FT-L, as Meng et al. had them ("gpt2-xl-block" for FT-W,
-whose weight decay was never active).
+flips; "zhu-..." the same within a norm; models' names FT, and with "-l" FT-L, as Meng et al. had them ("gpt-j-6b-block" for FT-W,
+whose weight decay was never active). MEND's own fine-tuning (RMSprop at 5e-6 on what MEND edits, gradients clipped, a KL term on
+other prompts if wanted) has no preset: there is neither clipping nor such a term here.
 
 Differs from the published code by default (the presets restore it): the target is teacher forced, not scored at one position;
-parameters are chosen by path, so layer 2 is not also 20 to 27; the constraint holds whatever number eps is.
+parameters are chosen by path, so layer 2 is not also 20 to 27; the constraint holds whatever number eps is, of the weights as
+the model runs with them, in half precision as well.
 """
 
 from collections.abc import Sequence
@@ -46,6 +48,8 @@ class FTConfig(TrainConfig):
 
 
 C = TypeVar("C", bound=FTConfig)
+Past = dict[str, tuple[str, Item]]
+"""Edits that stand, in their order, by id: what each is about, and its item."""
 _ROME: dict[str, Any] = {"objective": "prompt_last"}
 _KE: dict[str, Any] = {"parameters": "weights", "optimizer": "rmsprop", "lr": 1e-5, "steps": 100, "until": "says"}
 _GRACE: dict[str, Any] = {"order": "stream", "lr": 1e-2, "steps": 100, "until": "says"}
@@ -84,8 +88,12 @@ class FineTuner(Editor[C]):
         names = parameters_of(model, layers, self.config.parameters)
         before = onto or Patch(self.method, asdict(self.config), (), base_of(model, tokenizer, names), ())
         start = _start(before, names, model, tokenizer)
-        edited = [r for r in before.requests if before.report.get(r.id, {}).get("outcome") != ALREADY]
-        past = dict(zip(edited, items_of(tokenizer, edited, self.config.ending), strict=True))
+        past, made = Past(), 0
+        seen = items_of(tokenizer, before.requests, self.config.ending)
+        for request, item in zip(before.requests, seen, strict=True):
+            past = _uncontradicted(past, request)
+            if before.report.get(request.id, {}).get("outcome") != ALREADY:
+                past[request.id], made = (request.key, item), made + 1
         items = items_of(tokenizer, requests, self.config.ending)
         report: dict[str, dict[str, Any]] = {}
         with quiet(model), _without_gradients(model):
@@ -101,12 +109,13 @@ class FineTuner(Editor[C]):
                         progress(i + 1, len(items))
             else:
                 for i, (request, item) in enumerate(zip(requests, items, strict=True)):
+                    past = _uncontradicted(past, request)
                     if self.config.skip and tuner.says([item])[0]:
                         report[request.id] = {"outcome": ALREADY}
                     else:
-                        past = {r: own for r, own in past.items() if not _contradict(r, request)}
-                        report[request.id] = self.edit(tuner, item, list(past.values()))
-                        past[request] = item
+                        made += 1
+                        report[request.id] = self.edit(tuner, item, [own for _, own in past.values()], made)
+                        past[request.id] = request.key, item
                     if progress is not None:
                         progress(i + 1, len(items))
             said = tuner.says(items)
@@ -117,8 +126,9 @@ class FineTuner(Editor[C]):
         part = Dense(tuple(r.id for r in everything), tuner.done())
         return Patch(self.method, asdict(self.config), everything, before.base, (part,), report)
 
-    def edit(self, tuner: Tuner, item: Item, past: Sequence[Item]) -> dict[str, Any]:
-        """One request of a stream: what a subclass changes. past: earlier edits that stand; notes for the report."""
+    def edit(self, tuner: Tuner, item: Item, past: Sequence[Item], number: int) -> dict[str, Any]:
+        """One request of a stream: what a subclass changes. past: earlier edits that no later request contradicts; number: of
+        this edit among all, from 1. Returns notes for the report."""
         return tuner.train([item])
 
 
@@ -138,7 +148,7 @@ class FT(FineTuner[FTConfig]):
         "gpt2-large-l": _limited(0, 1e-3),
         "gpt2-xl-l": _limited(0, 5e-4),
         "gpt-j-6b-l": _limited(0, 5e-5),
-        "gpt2-xl-block": {**_ROME, "layers": (21,), "parameters": "block"},
+        "gpt-j-6b-block": {**_ROME, "layers": (21,), "parameters": "block"},
         "ke-first": {**_KE, "layers": "first"},
         "ke-all": {**_KE, "layers": "all"},
         "zhu-first": {**_KE, "layers": "first", "norm": "linf"},
@@ -151,9 +161,10 @@ class FT(FineTuner[FTConfig]):
     }
 
 
-def _contradict(one: EditRequest, other: EditRequest) -> bool:
-    """Whether two requests are about one thing and ask for different objects."""
-    return one.key == other.key and one.target_new != other.target_new
+def _uncontradicted(past: Past, request: EditRequest) -> Past:
+    """The edits that stand behind a request: without those that are about the same and ask for another object."""
+    about = request.key
+    return {i: (key, item) for i, (key, item) in past.items() if key != about or item.name == request.target_new}
 
 
 def _start(patch: Patch, names: Sequence[str], model: Any, tokenizer: Any) -> dict[str, torch.Tensor]:

@@ -46,7 +46,7 @@ class FTEWC(FineTuner[FTEWCConfig]):
     Config = FTEWCConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {"atlas": {"lr": 1e-3}, "atlas-docket": {"lr": 1e-3}}
 
-    def edit(self, tuner: Tuner, item: Item, past: Sequence[Item]) -> dict[str, Any]:
+    def edit(self, tuner: Tuner, item: Item, past: Sequence[Item], number: int) -> dict[str, Any]:
         """One request, with the penalty of the latest edits before it."""
         latest = past[-self.config.memory :]
         if not latest or not self.config.lam:

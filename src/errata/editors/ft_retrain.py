@@ -1,11 +1,12 @@
 """Fine-tuning on a stream that comes back to its past: every so many edits it is trained on all of them again.
 
-As a baseline of Hartvigsen et al. 2023. Differs from the released code, which stops at the first retraining for want of an
-argument: what it ignores, the memory's size and starting again from the model's own weights, are options here.
+A retraining is epochs over the past edits, a step for each, right or wrong by then. As a baseline of Hartvigsen et al. 2023.
+Differs from the released code, which stops at the first retraining for want of an argument: what it ignores, the memory's size
+and starting again from the model's own weights, are options here.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from errata.editors._finetune import Tuner
@@ -16,9 +17,9 @@ from errata.errors import ConfigError
 
 @dataclass(frozen=True)
 class FTRetrainConfig(FTConfig):
-    """Settings: see `FTConfig`; always a stream. every: edits between two retrainings, counting those that no later one
-    contradicts; epochs of each; memory: how many of the latest of these it is on, None for all; reset: from the model's own
-    weights, else from where the stream stands.
+    """Settings: see `FTConfig`; always a stream. every: edits between two retrainings; epochs of each; memory: on how many of
+    the latest edits that no later request contradicts, None for all; reset: from the model's own weights, else from where the
+    stream stands.
     """
 
     lr: float = 1e-2
@@ -44,13 +45,13 @@ class FTRetrain(FineTuner[FTRetrainConfig]):
     Config = FTRetrainConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {"atlas": {"lr": 1e-3}, "atlas-docket": {"lr": 1e-3}}
 
-    def edit(self, tuner: Tuner, item: Item, past: Sequence[Item]) -> dict[str, Any]:
+    def edit(self, tuner: Tuner, item: Item, past: Sequence[Item], number: int) -> dict[str, Any]:
         """One request, and after every so many the past as well."""
         notes = tuner.train([item])
-        history = [*past, item]
-        if len(history) % self.config.every == 0:
+        if number % self.config.every == 0:
             if self.config.reset:
                 tuner.reset()
-            again = tuner.train(history[-(self.config.memory or len(history)) :], epochs=self.config.epochs)
-            notes["retrained"] = again
+            history = [*past, item][-(self.config.memory or number) :]
+            passes = replace(self.config, steps=self.config.epochs, batch=1, until="loss", stop=0.0)
+            notes["retrained"] = tuner.train(history, config=passes)
         return notes

@@ -7,7 +7,7 @@ from errata.bench.cases import Case, Probe
 from errata.bench.methods import MODEL
 from errata.bench.preset import Method
 
-FEW = 200  # items of a stream for what stands beside GRACE
+FEW = 200  # edits of a stream of what stands beside GRACE: as the paper's 1,000, a multiple of the edits between retrainings
 MOST_WORDINGS = 2  # of a past edit that are asked at every look
 # Our label -> the name in the paper's table.
 NAMES = {
@@ -17,7 +17,7 @@ NAMES = {
 
 
 def methods() -> tuple[Method, ...]:
-    """The paper's methods, and GRACE as published. The others, which cost two to twelve times as much, get Atlas's first items."""
+    """The paper's methods, and GRACE as published. The others, which cost two to twelve times as much, end after fewer edits on Atlas."""
     return (
         Method("grace", "grace", "stream", MODEL),
         Method("grace-published", "grace", "stream", "published", most=FEW),
