@@ -99,6 +99,19 @@ def test_stopped_and_resumed_is_the_same_training(
     assert not torch.equal(read_artefact(different)[1]["weight"], weights["weight"])
 
 
+def test_training_seeds_no_other_devices_generators(
+    tiny: Tiny, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`torch.manual_seed` would: that of every device, for good. The draws on the CPU are those of the seed all the same."""
+    model, seeded = tiny("gpt2"), list[int]()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    path = toy(steps=1, lr=1e-9).train(model, tokenizer, ITEMS, tmp_path, seed=5)
+    assert seeded == []
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(5)
+        assert torch.allclose(read_artefact(path)[1]["weight"], nn.Linear(3, 1).weight, atol=1e-6)
+
+
 def test_what_training_and_loading_refuse(tiny: Tiny, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = tiny("gpt2")
     path = toy(steps=2).train(model, tokenizer, ITEMS, tmp_path)

@@ -4,8 +4,8 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from dataclasses import asdict, fields, replace
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import torch
 
@@ -68,6 +68,10 @@ class Editor(ABC, Generic[C]):
                     + (f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(names)}")
                 )
         self.config: C = replace(base, **changes)
+
+    def recorded(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """The configuration that a patch fitted on this model says it was made with."""
+        return asdict(cast(Any, self.config))
 
     def reads(self, model: Any) -> dict[str, Any]:
         """What a fit on this model reads besides its configuration, as JSON values that name it: what a cache must know."""

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -341,7 +341,7 @@ def resumed(
     if not partial.exists():
         return None
     patch = load_patch(partial)
-    config = json.loads(json.dumps(asdict(editor.config)))
+    config = json.loads(json.dumps(editor.recorded(model, tokenizer)))
     begun_with = patch.report.get(RESUME, {})
     begun = {
         "method": patch.method == editor.method,

@@ -7,7 +7,7 @@ matter. Many edits go through the model at once: rows of a batch come in equal g
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -361,6 +361,10 @@ class HyperEditor(LearnedEditor[H]):
     def maps(self, model: Any, config: H) -> list[LinearMap]:
         """The maps that are edited."""
 
+    def edited_weights(self, model: Any, config: H) -> list[str]:
+        """The maps' weights."""
+        return [f"{m.path}.weight" for m in self.maps(model, config)]
+
     @abstractmethod
     def network(self, model: Any, maps: Sequence[LinearMap], config: H) -> nn.Module:
         """The hypernetwork, untrained, on the model's device."""
@@ -424,8 +428,9 @@ class HyperEditor(LearnedEditor[H]):
             if edits:
                 U, V = torch.cat([U for _, U, _ in kept], 1), torch.cat([V for _, _, V in kept], 1)
                 parts.append(LowRank(edits, U, V, m.layer, m.site))
-        base = base_of(model, tokenizer, [f"{m.path}.weight" for m in maps])
-        return Patch(self.method, asdict(self.config), tuple(requests), base, (*parts, *biases), report)
+        base = base_of(model, tokenizer, self.edited_weights(model, config))
+        about = self.recorded(model, tokenizer)
+        return Patch(self.method, about, tuple(requests), base, (*parts, *biases), report)
 
 
 class Fitting:

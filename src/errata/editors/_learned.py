@@ -126,6 +126,10 @@ class LearnedEditor(Editor[C]):
     ) -> Learner:
         """What is to be trained for this model, from the seed. Called, as its steps are, with the model frozen and unpatched."""
 
+    def edited_weights(self, model: Any, config: C) -> list[str]:
+        """Names of the weights that its edits change: the artefact is for a model that has the same ones."""
+        return []
+
     def train(
         self,
         model: Any,
@@ -148,13 +152,13 @@ class LearnedEditor(Editor[C]):
         training, held_out = _parted(items, self.config.held_out, seed)
         identity = {
             "method": self.method, "config": self._trained_config(), "seed": seed,
-            "items": {"n": len(items), "digest": digest(items)}, "base": base_of(model, tokenizer),
+            "items": {"n": len(items), "digest": digest(items)}, "base": base_of(model, tokenizer, self.edited_weights(model, self.config)),
         }  # fmt: skip
         path, checkpoint = out / f"{self.name}.safetensors", out / f"{self.name}.checkpoint"
         with quiet(model), _without_gradients(model), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach every device's generator
             learner = self.learner(model, tokenizer, training, held_out, seed)
-            step, curve, spent = _resume(checkpoint, identity, learner)
+            step, curve, spent = _resume(checkpoint, identity, learner, model, tokenizer)
             total, started, kept = self.config.steps, time.perf_counter(), time.perf_counter()
 
             def keep() -> None:
@@ -184,6 +188,10 @@ class LearnedEditor(Editor[C]):
             weights = {n: t.detach().cpu().contiguous().clone() for n, t in learner.module.state_dict().items()}
         write_atomically(path, artefact_bytes(header, weights))
         return path
+
+    def recorded(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """The artefact's configuration with this one's options of a fit; where the artefact lies is nobody else's business."""
+        return asdict(self.trained(model, tokenizer)[0]) | {"artefact": None}
 
     def _trained_config(self) -> dict[str, Any]:
         found = {k: v for k, v in asdict(self.config).items() if k not in self.fit_only}
@@ -310,7 +318,9 @@ def _parted(items: Sequence[TrainingItem], n: int, seed: int) -> tuple[list[Trai
     return kept, [first[prompt] for prompt in prompts[:n]]
 
 
-def _resume(path: Path, identity: dict[str, Any], learner: Learner) -> tuple[int, list[dict[str, Any]], float]:
+def _resume(
+    path: Path, identity: dict[str, Any], learner: Learner, model: Any, tokenizer: Any
+) -> tuple[int, list[dict[str, Any]], float]:
     """(steps made, the curve, seconds spent) of a checkpoint, which the learner takes up; of none, from the beginning.
 
     Raises ConfigError for a checkpoint of another training.
@@ -318,11 +328,16 @@ def _resume(path: Path, identity: dict[str, Any], learner: Learner) -> tuple[int
     if not path.is_file():
         return 0, [], 0.0
     header, tensors = read_artefact(path)
-    for key, value in identity.items():
-        if header.get(key) != json.loads(json.dumps(value)):
-            raise ConfigError(
-                f"{path} is of a training with another {key}; repeat its command to go on with it, or name another folder"
-            )
+    same = {key: header.get(key) == json.loads(json.dumps(value)) for key, value in identity.items()}
+    try:
+        check_base(header["base"], model, tokenizer)
+        same["base"] = True  # by what the checkpoint names, as an artefact is judged
+    except BaseMismatchError:
+        same["base"] = False
+    if other := [key for key, kept in same.items() if not kept]:
+        raise ConfigError(
+            f"{path} is of a training with another {other[0]}; repeat its command to go on with it, or name another folder"
+        )
     learner.load(tensors)
     learner.notes = header["notes"]
     return header["step"], header["curve"], header["seconds"]

@@ -13,7 +13,7 @@ through the mixture; phi reads the edited model's own states; it sees the edit's
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -152,7 +152,7 @@ class SERAC(LearnedEditor[SERACConfig]):
                 report[request.id] = {"converged": said, "wordings_in_scope": round(float(inside.float().mean()), 4)}
                 if progress is not None:
                     progress(number, len(requests))
-        about = asdict(config) | {"artefact": None}
+        about = self.recorded(model, tokenizer)
         return Patch(self.method, about, tuple(requests), base_of(model, tokenizer), tuple(parts), report)
 
 
