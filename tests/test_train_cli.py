@@ -170,6 +170,10 @@ def test_items_of_published_files(tmp_path: Path) -> None:
     for name, (row, expected) in rows.items():
         (tmp_path / f"{name}.json").write_text(json.dumps([row]), encoding="utf-8")
         assert load_items(tmp_path / f"{name}.json") == expected
+    for filtered, asked in ([], ()), (None, ("a", "b")):
+        row = rows["kilt"][0] | {"filtered_rephrases": filtered}
+        (tmp_path / "kilt.json").write_text(json.dumps([row]), encoding="utf-8")
+        assert [item.rephrases for item in load_items(tmp_path / "kilt.json")] == [asked, asked]
     (tmp_path / "bad.json").write_text(json.dumps([{"input": "?"}]), encoding="utf-8")
     with pytest.raises(RecordError, match="bad.json"):
         load_items(tmp_path / "bad.json")

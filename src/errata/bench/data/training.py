@@ -47,10 +47,9 @@ def items_of(record: Any) -> Iterator[TrainingItem]:
     elif isinstance(record, KiltRecord):
         said = record.prediction or record.answers[0]
         others = [a for a in record.alternatives if a.strip() and a.casefold() != said.casefold()]
-        asked = tuple(p for p in record.filtered_rephrases or record.rephrases if p.strip() and p != record.input)
         kept = tuple((other.input, other.answer) for other in record.unrelated)
         for other in others[:ALTERNATIVES]:
-            yield TrainingItem(record.input, other, said, asked, kept)
+            yield TrainingItem(record.input, other, said, record.asked_again, kept)
     elif record.alt.strip():
         elsewhere = f"{record.loc.strip().removesuffix('?')}?"
         said = record.pred or record.answers[0]
