@@ -26,7 +26,7 @@ from errata.editors._weights import adding, parameters_of
 from errata.errors import AnatomyError, ConfigError
 from errata.low_rank import LowRank
 from errata.low_rank_table import base_layer, sizes
-from errata.model.anatomy import TABLE, anatomy, submodule
+from errata.model.anatomy import anatomy, submodule
 from errata.model.fingerprint import base_of
 from errata.model.hooks import Capture, ForwardHook, Hooks, PreHook, first_tensor, with_first_tensor
 from errata.model.labels import label_id
@@ -214,7 +214,7 @@ def asks_of(
     check_room(model, [ids], [prompt])
     role, encoder = anatomy(model).role, None
     if role == "classifier":
-        bare = Ask(tuple(ids), 0 if _bidirectional(model) else len(ids) - 1)
+        bare = Ask(tuple(ids), 0)  # what an encoder's head reads
         wanted = [label_id(model, target)] if target is not None else []
     elif role == "encoder-decoder":
         encoder, ids = tuple(ids), [start_id(model)]
@@ -232,12 +232,6 @@ def asks_of(
         row = (*ids, *wanted[:t]) if tokens == "each" else tuple(ids)
         found.append(Ask(row, bare.at if role == "classifier" else len(row) - 1, token, encoder))
     return found
-
-
-def _bidirectional(model: Any) -> bool:
-    """Whether a classifier reads its first token (BERT), not its last one (GPT-2)."""
-    known = TABLE.get(anatomy(model).family)
-    return known is None or known.role == "encoder"
 
 
 class _Pass:
