@@ -251,7 +251,7 @@ def test_a_patch_records_the_artefacts_configuration(
     path = MEND(**QUICK, layers=(0, 2), ending=".").train(model, tokenizer, ITEMS, tmp_path)
     patch = MEND(artefact=str(path)).fit(model, tokenizer, [FRANCE])
     assert {part.layer for part in patch.low_rank} == {0, 2}
-    assert (patch.config["layers"], patch.config["ending"], patch.config["rank"]) == ((0, 2), ".", 8)
+    assert (patch.config["layers"], patch.config["ending"], patch.config["rank"]) == ([0, 2], ".", 8)
     assert patch.config["artefact"] is None
     _keep(patch, 0, 1, tmp_path / "partial")  # as an interrupted `errata fit` leaves it
     again = resumed(MEND(artefact=str(path)), model, tokenizer, [FRANCE, NEEDLE], 0, tmp_path / "partial")

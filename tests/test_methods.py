@@ -159,7 +159,9 @@ def test_a_decoder_with_a_classification_head_is_refused(method: str, tokenizer:
         config = tiny_model(family).config
         config.update({"num_labels": 3, "id2label": dict(enumerate(LABELS)), "pad_token_id": 5})
         model = AutoModelForSequenceClassification.from_config(config).eval()
-        with pytest.raises(UnsupportedModelError, match=f"^{method} edits .*, found {found} .*, one of the decoders with a"):
+        with pytest.raises(
+            UnsupportedModelError, match=f"^{method} edits .*, found {found} .*, one of the decoders with a"
+        ):
             errata.get_editor(method)().fit(model, tokenizer, [CLAIMS[0]])
 
 

@@ -286,7 +286,9 @@ def test_fever_turns_verdicts_round(tmp_path: Path) -> None:
     assert [p.prompt for p in first.probes if p.kind == "paraphrase"] == FEVER["filtered_rephrases"]
     assert second.request.target_new == "SUPPORTS"  # nothing is known of a model: the right verdict is turned round
     assert len([p for p in second.probes if p.kind == "paraphrase"]) == 2
-    assert [p.kind for p in third.probes] == ["edit"]  # the model judged every rephrase otherwise: none is left to count
+    assert [p.kind for p in third.probes] == [
+        "edit"
+    ]  # the model judged every rephrase otherwise: none is left to count
     bad = saved(
         tmp_path / "bad.jsonl",
         FEVER | {"output": [{"answer": "NOT ENOUGH INFO"}]},

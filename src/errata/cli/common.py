@@ -211,7 +211,8 @@ def notice_conflicts(requests: Iterable[EditRequest]) -> list[list[str]]:
         notice(
             f"edits {earlier.id} ({earlier.text} -> {earlier.target_new}) and {later.id} ({later.text} -> "
             f"{later.target_new}) are about the same subject and relation; attached together, the later one wins where each "
-            "edit has a scope or a key of its own, and they add up where edits change weights: keep one of the two"
+            "edit has a scope or a key of its own or one fit wrote both, and they add up where two patches change weights: keep one "
+            "of the two"
         )
     return [[later.id, earlier.id] for earlier, later in pairs]
 

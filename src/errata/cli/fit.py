@@ -293,6 +293,8 @@ def fit_resumably(
 
     Every few edits the finished ones go to `partial`, and at once if anything stops the work.
     """
+    from errata.editors._items import later_wins
+
     patch, kept, cost, last = done, len(done or ()), 0.0, time.perf_counter()
     progress(kept)
     gates = {part.gate.digest: part.gate for part in (*done.steering, *done.context) if part.gate} if done else {}
@@ -313,6 +315,8 @@ def fit_resumably(
             )
             one = replace(one, parts=parts)
             patch = one if patch is None else patch + one
+            if editor.place != "external memory":
+                patch = later_wins(patch)  # also over an edit of a chunk before
             number = len(patch)
             progress(number)
             began = time.perf_counter()

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from errata.dense import Dense
 from errata.edit import EditRequest
 from errata.editor import Progress, quiet
+from errata.editors._items import later_wins
 from errata.editors._learned import Batches, LearnedConfig, LearnedEditor, Learner
 from errata.editors._value_search import _without_gradients
 from errata.errors import AnatomyError, ConfigError
@@ -385,7 +386,8 @@ class HyperEditor(LearnedEditor[H]):
         """The trained network's updates for the requests, each from the unedited model.
 
         Raises ConfigError that names `errata train` where there is no artefact, BaseMismatchError for another model's, and
-        RequestError, SubjectNotFoundError as every editor does. The report says of each edit alone whether it took.
+        RequestError, SubjectNotFoundError as every editor does. The report says of each edit alone whether it took; of two that
+        contradict each other the later is kept, and both are reported.
         """
         self.check(requests, model, tokenizer)
         config, header, tensors = self.trained(model, tokenizer)
@@ -430,7 +432,7 @@ class HyperEditor(LearnedEditor[H]):
                 parts.append(LowRank(edits, U, V, m.layer, m.site))
         base = base_of(model, tokenizer, self.edited_weights(model, config))
         about = self.recorded(model, tokenizer)
-        return Patch(self.method, about, tuple(requests), base, (*parts, *biases), report)
+        return later_wins(Patch(self.method, about, tuple(requests), base, (*parts, *biases), report))
 
 
 class Fitting:

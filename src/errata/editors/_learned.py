@@ -191,7 +191,8 @@ class LearnedEditor(Editor[C]):
 
     def recorded(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         """The artefact's configuration with this one's options of a fit; where the artefact lies is nobody else's business."""
-        return asdict(self.trained(model, tokenizer)[0]) | {"artefact": None}
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self.trained(model, tokenizer)[0])))
+        return plain | {"artefact": None}
 
     def _trained_config(self) -> dict[str, Any]:
         found = {k: v for k, v in asdict(self.config).items() if k not in self.fit_only}

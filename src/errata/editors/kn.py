@@ -22,6 +22,7 @@ from torch import Tensor
 
 from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
+from errata.editors._items import later_wins
 from errata.editors._value_search import _without_gradients
 from errata.editors._weights import adding, parameters_of
 from errata.errors import AnatomyError, ConfigError
@@ -47,9 +48,10 @@ class KNConfig:
     output projection reads, or "input", before the activation (of a gated MLP its gate). threshold: t, share of the largest
     attribution above which a neuron is coarse; refine: keep those that more than `share` (p) of the prompts have, else those of the
     edit's own prompt; prompts: how many at most, its own, `fit_prompts`, and for decoders these behind lead-ins. erase, update:
-    lambda_1 and lambda_2; old: what is erased, the "target" (`target_true`) or the token or label that is "predicted". tokens: of the old object each is scored "each" in its own place, or all "at_prompt"; count: an object's
-    direction is the "mean" or the "sum" of its tokens'. embedding: whose word vectors are written, the head's ("output") or those
-    that the model reads ("input"). batch: rows of a pass.
+    lambda_1 and lambda_2; old: what is erased, the "target" (`target_true`) or the token or label that is "predicted". tokens: of the
+    old object each is scored "each" in its own place, or all "at_prompt"; count: an object's direction is the "mean" or the "sum" of
+    its tokens'. embedding: whose word vectors are written, the head's ("output") or those that the model reads ("input"). batch:
+    rows of a pass.
     """
 
     steps: int = 20
@@ -121,7 +123,8 @@ class KN(Editor[KNConfig]):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Patch:
-        """Find and rewrite each request's neurons, on the model without any patch.
+        """Find and rewrite each request's neurons, on the model without any patch. Of two requests that contradict each other the
+        later is kept, and both are reported.
 
         Raises RequestError, AnatomyError for MLPs whose neurons cannot be told apart.
         """
@@ -135,7 +138,7 @@ class KN(Editor[KNConfig]):
                 if progress is not None:
                     progress(number, len(requests))
         base = base_of(model, tokenizer, parameters_of(model, range(anatomy(model).n_layers)))
-        return Patch(self.method, asdict(self.config), tuple(requests), base, tuple(parts), report)
+        return later_wins(Patch(self.method, asdict(self.config), tuple(requests), base, tuple(parts), report))
 
     def _edit(
         self, model: Any, tokenizer: Any, request: EditRequest, seed: int
