@@ -239,7 +239,7 @@ def test_fit_is_one_column_a_token_of_each_request(
             assert torch.allclose(model(**batch).logits, alone, atol=1e-5)
         assert torch.equal(model(**batch).logits, plain) and not torch.allclose(alone, plain, atol=1e-3)
     assert patch.report[FRANCE.id]["trained"] == read_artefact(Path(str(editor.config.artefact)))[0]["content"][:12]
-    with pytest.raises(ConfigError, match="`errata train mend --model MODEL`"):
+    with pytest.raises(ConfigError, match="`errata train mend --model MODEL --data FILE`"):
         MEND(artefact=str(tmp_path / "none")).fit(model, tokenizer, [FRANCE])
 
 

@@ -265,7 +265,7 @@ def test_what_it_refuses(
 ) -> None:
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
     model = tiny("gpt2")
-    with pytest.raises(ConfigError, match="run `errata train serac --model MODEL`"):
+    with pytest.raises(ConfigError, match="run `errata train serac --model MODEL --data FILE`"):
         SERAC().fit(model, tokenizer, [FRANCE])
     for wrong in (
         {"start": "warm"},

@@ -159,9 +159,9 @@ def load(name: str, dtype: str | None, device_map: str | None, threads: int | No
 
 def is_atlas(name: str) -> bool:
     """Whether a model name means Atlas: the bundled model, or a directory that `errata.atlas.train` exported."""
-    from errata.model.loading import bundled
+    from errata.model import loading
 
-    return name in bundled() or (Path(name).expanduser() / "recipe.json").is_file()
+    return loading.is_atlas(name)
 
 
 def atlas_requests(model: str, n: int, seed: int, split: Any = "test", *, probes: bool = False) -> list[EditRequest]:

@@ -8,6 +8,7 @@ that was not. The artefact is one safetensors file with a JSON header: config, b
 import hashlib
 import json
 import random
+import shlex
 import time
 import weakref
 from abc import abstractmethod
@@ -28,7 +29,7 @@ from errata.errors import BaseMismatchError, ConfigError
 from errata.files import cache_directory, write_atomically
 from errata.model.attached import unmerged
 from errata.model.fingerprint import base_of, check_base
-from errata.model.loading import bundled
+from errata.model.loading import bundled, is_atlas
 from errata.patch import _digest, _sorted
 from errata.training import TrainingItem, digest
 
@@ -224,20 +225,24 @@ class LearnedEditor(Editor[C]):
         return known.found
 
     def _command(self, model: Any) -> str:
-        """The command that trains this editor on this model, by the preset for both, else by one with its options, else by these."""
+        """The command that trains this editor on this model, by the preset for both, else by one with its options, else by these.
+
+        Only Atlas's models have a set of their own; others name a FILE.
+        """
         place = str(getattr(model.config, "_name_or_path", "")) or "MODEL"
         name = next((name for name, folder in bundled().items() if str(folder) == place), place)
         options = self._trained_config()
         own = name + self.name.removeprefix(self.method)
         same = (p for p, changes in self.presets.items() if type(self)(**changes)._trained_config() == options)
         preset = own if own in self.presets else next(same, None)
+        words = ["errata", "train", self.method, "--model", name, *([] if is_atlas(name) else ["--data", "FILE"])]
         if preset is not None:
-            return f"errata train {self.method} --model {name} --preset {preset}"
+            return shlex.join([*words, "--preset", preset])
         plain = type(self)()._trained_config()
-        changed = [
-            f" --set {k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in options.items() if v != plain[k]
-        ]
-        return f"errata train {self.method} --model {name}{''.join(changed)}"
+        for k, v in options.items():
+            if v != plain[k]:
+                words += ["--set", f"{k}={v if isinstance(v, str) else json.dumps(v)}"]
+        return shlex.join(words)
 
     def _read(self, path: Path, model: Any, tokenizer: Any) -> tuple[C, dict[str, Any], dict[str, Tensor]]:
         command = self._command(model)
