@@ -42,7 +42,9 @@ def check_room(model: Any, rows: Sequence[Sequence[int]], texts: Sequence[str] |
 def cut(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[str]:
     """Each text, or the longest beginning of it that the model has room for: court opinions are longer than any BERT."""
     limit, found = room(model), list(texts)
-    for i, row in enumerate(token_ids(tokenizer, found) if limit is not None and found else ()):
+    if limit is None or not found:
+        return found
+    for i, row in enumerate(token_ids(tokenizer, found)):
         low, high = (1, len(texts[i])) if len(row) > limit else (0, 0)
         while low < high:
             middle = (low + high + 1) // 2
