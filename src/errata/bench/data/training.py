@@ -88,9 +88,9 @@ def items_of(record: Any, labels: Sequence[int] = ()) -> Iterator[TrainingItem]:
         for other in others[:ALTERNATIVES]:
             yield TrainingItem(record.input, other, said, record.asked_again, kept)
     elif isinstance(record, ScotusRecord):
-        others = [label for label in labels if label != record.label]
-        for new in random.Random(record.text).sample(others, min(ALTERNATIVES, len(others))):
-            yield TrainingItem(record.text, str(new), None, record.rephrases)
+        away = [str(label) for label in labels if label != record.label]
+        for new in random.Random(record.text).sample(away, min(ALTERNATIVES, len(away))):
+            yield TrainingItem(record.text, new, None, record.rephrases)
     elif record.alt.strip():
         elsewhere = f"{record.loc.strip().removesuffix('?')}?"
         said = record.pred or record.answers[0]
