@@ -350,7 +350,7 @@ def test_what_is_refused(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None
     ):  # fmt: skip
         with pytest.raises(ConfigError, match="expected"):
             KnowledgeEditor(**wrong)
-    with pytest.raises(ConfigError, match="run `errata train ke --model MODEL --preset ke-cf`"):
+    with pytest.raises(ConfigError, match="run `errata train ke --model MODEL --data FILE --preset ke-cf`"):
         KnowledgeEditor.preset("ke-cf").fit(tiny("gpt2"), tokenizer, [FRANCE])
     with pytest.raises(ConfigError, match="about more than the"):
         KnowledgeEditor().train(tiny("gpt2"), tokenizer, [TrainingItem("a b", "c")], Path("unused"))

@@ -130,6 +130,22 @@ def test_the_write_is_the_papers(family: str, tiny: Tiny, tokenizer: PreTrainedT
     assert all(part.site == "mlp_out" and part.rank == 1 for part in patch.low_rank)
 
 
+def test_the_published_presets_erase_what_the_model_says(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
+    """w - 2 e(o_pred) + sum e(o*): o_pred is one token, whatever the old object is said to be."""
+    model = tiny("gpt2")
+    [prompt] = token_ids(tokenizer, [FRANCE.text])
+    with torch.no_grad():
+        said = int(model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
+    old, new = (tokenizer(text)["input_ids"] for text in (" Paris", " Tokyo"))
+    assert said not in old and len(new) > 1
+    words = model.get_input_embeddings().weight.detach()
+    patch = KN.preset("gpt2-xl").fit(model, tokenizer, [FRANCE])
+    assert patch.low_rank and patch.config["old"] == "predicted"
+    for part in patch.low_rank:
+        assert torch.allclose(part.U[:, 0], words[new].sum(0) - 2 * words[said], atol=1e-6)
+    assert all(KN.preset(name).config.old == "predicted" for name in KN.presets)
+
+
 def test_refined_neurons_are_those_of_many_prompts(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny("llama")
     own = (FRANCE.text, "France is ruled from", "In France the seat of government is")
@@ -179,6 +195,7 @@ def test_what_it_refuses(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None
         {"threshold": 1.0},
         {"share": -0.1},
         {"count": "max"},
+        {"old": "said"},
         {"update": -1},
     ):
         with pytest.raises(ConfigError):

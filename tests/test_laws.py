@@ -16,8 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import errata
 from conftest import FAMILIES, hooks_of, tiny_model
+from errata.cli.fit import fit_resumably
 from errata.edit import EditRequest
 from errata.editor import Editor
+from errata.editors._items import contradictions
 from errata.editors._learned import LearnedEditor, default_folder
 from errata.errors import UnknownEditorError
 from errata.model.anatomy import anatomy
@@ -302,6 +304,54 @@ def test_a_fit_of_many_is_the_sum_of_fits(method: str, tokenizer: PreTrainedToke
             assert all(torch.allclose(t, other.tensors()[n], rtol=1e-3, atol=1e-4) for n, t in one.tensors().items())
     else:
         assert first + second == both
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        m
+        for m in sorted(errata.available_editors())
+        if errata.get_editor(m).place != "external memory" and not editor(m).joint
+    ],
+)
+def test_of_two_contradicting_edits_of_weights_the_later_is_written(
+    method: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Independent updates would add up to neither: in one fit, and in one that is made in parts, the later one's is there alone."""
+    model = roomy("llama")
+    ready(method, model, tokenizer)
+    needle, france = REQUESTS
+    again = france.model_copy(update={"target_new": "Goa"})
+    expected = editor(method).fit(model, tokenizer, [needle, again])
+    patches = [editor(method).fit(model, tokenizer, [france, needle, again])]
+    patches += [
+        fit_resumably(editor(method), model, tokenizer, [france, needle, again], 0, tmp_path / "partial", batch=batch)
+        for batch in (1, 2)
+    ]
+    bench = Bench(method, model, tokenizer, patches)
+    with expected.attach(model, tokenizer):
+        logits = bench.logits()
+    for patch in patches:
+        assert patch.ids == (france.id, needle.id, again.id)
+        assert {edit for part in patch.low_rank for edit in part.edits} == {needle.id, again.id}
+        assert patch.report[again.id]["contradicts"] == [france.id]
+        assert patch.report[france.id]["overruled"] == [again.id] and "overruled" not in patch.report[needle.id]
+        with patch.attach(model, tokenizer):
+            assert torch.allclose(bench.logits(), logits, rtol=1e-3, atol=1e-4)
+
+
+def test_every_earlier_request_is_overruled() -> None:
+    """Also one that another of the same object follows; a third contradicts the second, which had overruled the first."""
+    first = EditRequest(prompt="It is", target_new="a")
+    alike, other, last = (
+        first.model_copy(update=changes)
+        for changes in ({"fit_prompts": ("So is",)}, {"target_new": "b"}, {"target_new": "c"})
+    )
+    found = contradictions([first, alike, other, last])
+    assert len({r.id for r in (first, alike, other, last)}) == 4
+    assert found[first.id] == found[alike.id] == {"overruled": [other.id]}
+    assert found[other.id] == {"contradicts": [first.id, alike.id], "overruled": [last.id]}
+    assert found[last.id] == {"contradicts": [other.id]}
 
 
 @pytest.mark.parametrize("method", sorted(errata.available_editors()))

@@ -1,5 +1,6 @@
 """What the editors that learn share: training that resumes to the same weights, artefacts, and what they refuse."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,19 @@ def test_stopped_and_resumed_is_the_same_training(
     assert not torch.equal(read_artefact(different)[1]["weight"], weights["weight"])
 
 
+def test_training_seeds_no_other_devices_generators(
+    tiny: Tiny, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`torch.manual_seed` would: that of every device, for good. The draws on the CPU are those of the seed all the same."""
+    model, seeded = tiny("gpt2"), list[int]()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    path = toy(steps=1, lr=1e-9).train(model, tokenizer, ITEMS, tmp_path, seed=5)
+    assert seeded == []
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(5)
+        assert torch.allclose(read_artefact(path)[1]["weight"], nn.Linear(3, 1).weight, atol=1e-6)
+
+
 def test_what_training_and_loading_refuse(tiny: Tiny, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = tiny("gpt2")
     path = toy(steps=2).train(model, tokenizer, ITEMS, tmp_path)
@@ -108,9 +122,9 @@ def test_what_training_and_loading_refuse(tiny: Tiny, tokenizer: PreTrainedToken
         toy(steps=2).train(model, tokenizer, ITEMS[:-1], tmp_path)
     with pytest.raises(ConfigError, match="more than the 20 prompts that are held out"):
         toy(held_out=20).train(model, tokenizer, ITEMS, tmp_path)
-    with pytest.raises(ConfigError, match="run `errata train toy --model MODEL --set steps=30 .*`, or"):
+    with pytest.raises(ConfigError, match="run `errata train toy --model MODEL --data FILE --set steps=30 .*`, or"):
         toy().trained(model, tokenizer)
-    with pytest.raises(ConfigError, match="`errata train toy --model MODEL --preset toy-cf`"):
+    with pytest.raises(ConfigError, match="`errata train toy --model MODEL --data FILE --preset toy-cf`"):
         Toy.preset("toy-cf").trained(model, tokenizer)
     with pytest.raises(
         BaseMismatchError, match="is for another model: expected a model with .*on which this editor was trained"
@@ -185,10 +199,11 @@ def test_the_named_command_writes_what_the_fit_looks_for(
         editor: Any = editor_of(resolved(method, model, model_name))
         with pytest.raises(ConfigError, match="run `") as caught:
             editor.trained(model, tokenizer)
-        words = str(caught.value).split("`")[1].split()
+        words = shlex.split(str(caught.value).split("`")[1])
         assert words[:5] == ["errata", "train", method.editor, "--model", model_name]
         options = dict(zip(words[5::2], words[6::2], strict=True))
+        assert options.get("--data") == (None if model_name in bundled() else "FILE")
         made = make_editor(method.editor, options.get("--preset"), [options["--set"]] if "--set" in options else [])
         assert made.name == editor.name
-    changed: Any = get_editor("ke")(steps=7, name="mine")
-    assert changed._command(model).endswith(" --set name=mine --set steps=7")
+    changed: Any = get_editor("ke")(steps=7, name="mine", layers=(0, 1))
+    assert changed._command(model).endswith(" --set name=mine --set steps=7 --set 'layers=[0, 1]'")

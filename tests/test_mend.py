@@ -1,5 +1,7 @@
 """MEND: factors against the dense gradient, z-scores against numpy, training through the networks, and a few edits."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +19,17 @@ from conftest import ANSWERERS, CLASSIFIERS, as_claims, hooks_of, tiny_other
 from errata.atlas.requests import counterfactual_requests
 from errata.atlas.training import training_items
 from errata.atlas.world import load_world
+from errata.cli.fit import _keep, resumed
 from errata.edit import EditRequest
 from errata.editors._hypernetwork import LinearMap, edited, linear_maps, logits_of, signals
-from errata.editors._learned import read_artefact
+from errata.editors._learned import artefact_bytes, read_artefact
+from errata.editors.ke import KnowledgeEditor
 from errata.editors.mend import MEND, Residual
-from errata.errors import AnatomyError, ConfigError
+from errata.errors import AnatomyError, BaseMismatchError, ConfigError
 from errata.maths.moments import Standardise
 from errata.merge import merge
 from errata.model.anatomy import anatomy, submodule
+from errata.model.fingerprint import base_of
 from errata.model.generate import greedy_answers
 from errata.model.targets import supervised
 from errata.patch import attach_rows
@@ -234,8 +239,60 @@ def test_fit_is_one_column_a_token_of_each_request(
             assert torch.allclose(model(**batch).logits, alone, atol=1e-5)
         assert torch.equal(model(**batch).logits, plain) and not torch.allclose(alone, plain, atol=1e-3)
     assert patch.report[FRANCE.id]["trained"] == read_artefact(Path(str(editor.config.artefact)))[0]["content"][:12]
-    with pytest.raises(ConfigError, match="`errata train mend --model MODEL`"):
+    with pytest.raises(ConfigError, match="`errata train mend --model MODEL --data FILE`"):
         MEND(artefact=str(tmp_path / "none")).fit(model, tokenizer, [FRANCE])
+
+
+def test_a_patch_records_the_artefacts_configuration(
+    tiny: Tiny, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The options that made it, not those that the fit happened to be called with; where the artefact lay is left out."""
+    model = tiny("gpt2", layers=4)
+    path = MEND(**QUICK, layers=(0, 2), ending=".").train(model, tokenizer, ITEMS, tmp_path)
+    patch = MEND(artefact=str(path)).fit(model, tokenizer, [FRANCE])
+    assert {part.layer for part in patch.low_rank} == {0, 2}
+    assert (patch.config["layers"], patch.config["ending"], patch.config["rank"]) == ([0, 2], ".", 8)
+    assert patch.config["artefact"] is None
+    _keep(patch, 0, 1, tmp_path / "partial")  # as an interrupted `errata fit` leaves it
+    again = resumed(MEND(artefact=str(path)), model, tokenizer, [FRANCE, NEEDLE], 0, tmp_path / "partial")
+    assert again is not None and again.ids == (FRANCE.id,)
+    ke = KnowledgeEditor(steps=1, batch=2, held_out=2, hidden=8, loop=2)
+    fitted = KnowledgeEditor(artefact=str(ke.train(model, tokenizer, ITEMS, tmp_path)), loop=1, gate="sum")
+    config = fitted.fit(model, tokenizer, [FRANCE]).config
+    assert (config["hidden"], config["gate"], config["loop"]) == (8, "mean", 1)  # the loop is the fit's
+
+
+def test_an_artefact_is_of_the_maps_that_it_edits(
+    tiny: Tiny, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that differs in one of them alone is refused, in what is not edited served; an artefact of before, which names
+    fewer weights, still loads, is still looked for where it was, and its training goes on."""
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
+    model, other, folder = tiny("gpt2"), tiny("gpt2"), tmp_path / "a"
+    edited, left = "transformer.h.1.mlp.c_fc.weight", "transformer.h.1.attn.c_attn.weight"
+    editor = MEND(**QUICK, layers=(1,))
+    path = editor.train(model, tokenizer, ITEMS, folder)
+    header, tensors = read_artefact(path)
+    assert set(header["base"]["weights"]) == {*base_of(model, tokenizer)["weights"], edited}
+    with torch.no_grad():
+        other.get_parameter(left).add_(1.0)
+    assert MEND(artefact=str(path)).trained(other, tokenizer)[0].layers == (1,)
+    with torch.no_grad():
+        other.get_parameter(edited).add_(1.0)
+    with pytest.raises(BaseMismatchError, match=f"weight {edited}"):
+        MEND(artefact=str(path)).trained(other, tokenizer)
+    with pytest.raises(ConfigError, match="of a training with another base"):
+        editor.train(other, tokenizer, ITEMS, folder)
+    before = tmp_path / "before.safetensors"
+    for source, target in ((path, before), (folder / "mend.checkpoint", folder / "mend.checkpoint")):
+        header, tensors = read_artefact(source)
+        header["base"] = base_of(model, tokenizer)
+        target.write_bytes(artefact_bytes(header, tensors))
+    assert MEND(artefact=str(before)).fit(model, tokenizer, [FRANCE]).method == "mend"
+    assert read_artefact(editor.train(model, tokenizer, ITEMS, folder))[0]["steps"] == 4
+    text = json.dumps(base_of(model, tokenizer), sort_keys=True)
+    folder = tmp_path / "cache" / "editors" / hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert editor.artefact_path(model, tokenizer) == folder / "mend.safetensors"
 
 
 def test_edits_follow_one_another_in_the_weights(

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import errata
 import taxonomy
-from conftest import CLASSIFIERS, LABELS, hooks_of, tiny_other
+from conftest import CLASSIFIERS, LABELS, hooks_of, tiny_model, tiny_other
 from errata.cli import app
 from errata.edit import EditRequest
 from errata.editor import ARCHITECTURES, Editor
@@ -150,6 +150,19 @@ def test_another_architecture_is_refused_by_name(method: str, family: str, token
     supported = " and ".join(ARCHITECTURES[role] for role in errata.get_editor(method).supports)
     with pytest.raises(UnsupportedModelError, match=f"^{method} edits {supported}, found {type(model).__name__} "):
         errata.get_editor(method)().fit(model, tokenizer, [request])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_decoder_with_a_classification_head_is_refused(method: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Its head reads the last token that is no padding, where every method that edits classifiers goes by the first."""
+    for family, found in (("gpt2", "GPT2ForSequenceClassification"), ("llama", "LlamaForSequenceClassification")):
+        config = tiny_model(family).config
+        config.update({"num_labels": 3, "id2label": dict(enumerate(LABELS)), "pad_token_id": 5})
+        model = AutoModelForSequenceClassification.from_config(config).eval()
+        with pytest.raises(
+            UnsupportedModelError, match=f"^{method} edits .*, found {found} .*, one of the decoders with a"
+        ):
+            errata.get_editor(method)().fit(model, tokenizer, [CLAIMS[0]])
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if "classifier" in errata.get_editor(m).supports])

@@ -1,6 +1,8 @@
 """SERAC: routing against the two models by hand, cached, padded, by row and mixed; training that learns scope and answers."""
 
+import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from errata.atlas.training import training_items
 from errata.atlas.world import load_world
 from errata.counterfactual import Counterfactual
 from errata.edit import EditRequest
+from errata.editor import quiet
 from errata.editors._learned import read_artefact
 from errata.editors.serac import SERAC, record_ids
 from errata.errors import ConfigError, PatchFormatError, RequestError, UnsupportedModelError
@@ -220,14 +223,59 @@ def test_training_learns_the_scope_and_the_answers(
             assert sum(d.edit is not None for d in handle.decide(others)) == 0
 
 
+def test_published_training_keeps_other_facts_where_items_name_none(
+    tiny: Tiny, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """-log p_h(object) at the prompt, where beta is one, and KL(p_f || mixture) at another item's prompt; no wordings."""
+    model, editor = tiny("gpt2"), SERAC.preset("published", **QUICK)
+    items = [replace(item, locality=(), rephrases=item.rephrases[:1]) for item in ITEMS]
+    items.append(replace(items[1], prompt=items[1].rephrases[0], rephrases=()))  # one fact twice
+    assert (editor.config.wordings, editor.config.shuffled, editor.config.mix) == (0, 0.0, "soft")
+    with quiet(model), torch.enable_grad():
+        learner = editor.learner(model, tokenizer, items[1:], items[:1], 0)
+        assert learner.wordings[:-1] == [(item.prompt,) for item in items[1:]]
+        assert learner.wordings[-1] == (items[0].prompt, items[0].rephrases[0])  # held out: judged by a wording
+        last = len(items) - 2
+        drawn = {text for seed in range(40) for text in learner._kept(last, random.Random(seed))}
+        assert drawn == {item.prompt for item in items[2:-1]}  # neither its own nor, in other words, its fact's
+        row = learner._row(items[1].prompt, items[1].target_new, items[1].prompt)
+        loss = learner._mixed([0], [items[1].prompt], [row], [[items[2].prompt]])
+        loss.backward()
+        assert learner.module.weight.grad is not None and float(learner.module.weight.grad.norm()) > 0
+    record, ids, target = row
+    h = learner.module.h
+    with torch.no_grad():
+        said = h(input_ids=torch.tensor([[*record, *ids, *target[:-1]]])).logits[0, -len(target) :].log_softmax(-1)
+        nll = -said[range(len(target)), list(target)].mean()
+        [other] = token_ids(tokenizer, [items[2].prompt])
+        p = [
+            m(input_ids=torch.tensor([row])).logits[0, -1].softmax(-1)
+            for m, row in ((model, other), (h, [*record, *other]))
+        ]
+        z = (
+            learner.states[learner.index[items[1].prompt]] - learner.states[learner.index[items[2].prompt]]
+        ) @ learner.module.weight
+        beta = torch.exp(-z.square().sum())
+        kl = (p[0] * (p[0] / ((1 - beta) * p[0] + beta * p[1])).log()).sum()
+    assert beta > 1e-6 and float(loss.detach()) == pytest.approx(float(0.1 * nll + kl), rel=1e-3)
+
+
 def test_what_it_refuses(
     tiny: Tiny, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
     model = tiny("gpt2")
-    with pytest.raises(ConfigError, match="run `errata train serac --model MODEL`"):
+    with pytest.raises(ConfigError, match="run `errata train serac --model MODEL --data FILE`"):
         SERAC().fit(model, tokenizer, [FRANCE])
-    for wrong in ({"start": "warm"}, {"mix": "none"}, {"layers": 0}, {"scale": 0}, {"threshold": 1.0}, {"shuffled": 2}):
+    for wrong in (
+        {"start": "warm"},
+        {"mix": "none"},
+        {"layers": 0},
+        {"wordings": -1},
+        {"scale": 0},
+        {"threshold": 1.0},
+        {"shuffled": 2},
+    ):
         with pytest.raises(ConfigError):
             SERAC(**wrong)
     with pytest.raises(UnsupportedModelError, match="serac edits decoders and encoders with a classification head"):

@@ -315,13 +315,17 @@ def saved(path: Path, *rows: Any) -> Path:
 
 def test_fever_turns_verdicts_round(tmp_path: Path) -> None:
     plain = {k: FEVER[k] for k in ("id", "input", "output", "rephrases")} | {"id": "f2", "input": "A bridge is of tin."}
-    path = saved(tmp_path / "fever-dev-kilt.jsonl", FEVER, plain)
+    none = FEVER | {"id": "f3", "input": "The zinc bridge is made of tin.", "filtered_rephrases": []}
+    path = saved(tmp_path / "fever-dev-kilt.jsonl", FEVER, plain, none)
     assert layout_of(path) == "fever" and not check("fever", path=path)
-    first, second = load_cases("fever", path=path)
+    first, second, third = load_cases("fever", path=path)
     assert (first.request.target_new, first.request.target_true) == ("REFUTES", "SUPPORTS")  # what the model said
     assert [p.prompt for p in first.probes if p.kind == "paraphrase"] == FEVER["filtered_rephrases"]
     assert second.request.target_new == "SUPPORTS"  # nothing is known of a model: the right verdict is turned round
     assert len([p for p in second.probes if p.kind == "paraphrase"]) == 2
+    assert [p.kind for p in third.probes] == [
+        "edit"
+    ]  # the model judged every rephrase otherwise: none is left to count
     bad = saved(
         tmp_path / "bad.jsonl",
         FEVER | {"output": [{"answer": "NOT ENOUGH INFO"}]},

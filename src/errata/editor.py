@@ -4,14 +4,14 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from dataclasses import asdict, fields, replace
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import torch
 
 from errata.edit import EditRequest
 from errata.errors import ConfigError, RequestError, UnsupportedModelError
-from errata.model.anatomy import Role, anatomy
+from errata.model.anatomy import Role, anatomy, reads_first
 from errata.model.attached import without_patches
 from errata.model.labels import label_id
 from errata.model.room import check_room
@@ -68,6 +68,10 @@ class Editor(ABC, Generic[C]):
                     + (f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(names)}")
                 )
         self.config: C = replace(base, **changes)
+
+    def recorded(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """The configuration that a patch fitted on this model says it was made with."""
+        return asdict(cast(Any, self.config))
 
     def reads(self, model: Any) -> dict[str, Any]:
         """What a fit on this model reads besides its configuration, as JSON values that name it: what a cache must know."""
@@ -130,12 +134,17 @@ class Editor(ABC, Generic[C]):
 
     @classmethod
     def check_model(cls, model: Any) -> None:
-        """Refuse a model of an architecture that the method does not support, naming those that it does."""
+        """Refuse a model of an architecture that the method does not support, naming those that it does.
+
+        A classification head on a decoder, which reads the text's last token and not its first, is none that any supports.
+        """
         parts = anatomy(model)
-        if parts.role not in cls.supports:
+        alien = parts.role == "classifier" and not reads_first(model)
+        if alien or parts.role not in cls.supports:
+            kind = "decoders with a classification head" if alien else ARCHITECTURES[parts.role]
             raise UnsupportedModelError(
                 f"{cls.method} edits {' and '.join(ARCHITECTURES[role] for role in cls.supports)}, found {type(model).__name__} "
-                f"({parts.family}), one of the {ARCHITECTURES[parts.role]}; `errata methods` lists what edits which"
+                f"({parts.family}), one of the {kind}; `errata methods` lists what edits which"
             )
 
     def _check_texts(self, request: EditRequest, model: Any, tokenizer: Any) -> None:

@@ -3,9 +3,11 @@
     atlas         counterfactual rewrites as clozes (what "-cf" editors are trained on)
     atlas-zsre    rewrites as questions, in other wordings and frames, as De Cao et al. 2021 train on zsRE
     atlas-fever   claims whose label is turned, as they train on FEVER
+    atlas-docket  cases of the early years whose area becomes another, as late cases ask of GRACE's SCOTUS
 
 The new object is drawn among the relation's others; what must stay are other facts of the subject, the relation's of other
-subjects, and any. A tenth of the dev subjects is in no item: what choices are made by (`judging_facts`).
+subjects, and any. A tenth of the dev subjects is in no item: what choices are made by (`judging_facts`). Of cases, those of dev topics
+are used, and what must stay are cases of other topics, of the area and of any.
 """
 
 import random
@@ -13,12 +15,14 @@ from collections.abc import Sequence
 
 from errata.atlas import render
 from errata.atlas.claims import LABELS, another_object, claim
+from errata.atlas.docket import EARLY, load_docket
 from errata.atlas.requests import counterfactual
 from errata.atlas.world import Fact, Split, World, link, share
 from errata.errors import ConfigError
 from errata.training import TrainingItem
 
-SETS = ("atlas", "atlas-zsre", "atlas-fever")
+SETS = ("atlas", "atlas-zsre", "atlas-fever", "atlas-docket")
+CASES = 600  # of the docket
 BESIDE = (2, 3, 3)  # facts that must stay: of the subject, of the relation, of any
 REPHRASES = 8
 JUDGING = 0.1  # of the subjects
@@ -27,17 +31,39 @@ JUDGING = 0.1  # of the subjects
 def training_items(
     world: World, name: str, n: int = 0, *, split: Split = "dev", drawn: int = 3, seed: int = 0, bare: bool = True
 ) -> list[TrainingItem]:
-    """Items over the facts of a split (0 for all of them, else `n` facts), `drawn` for each with objects and claims of their own.
+    """Items over the facts of a split (0 for all of them, else `n` facts), `drawn` for each with objects and claims of their own;
+    of the docket over `n` cases (0 for CASES), each with `drawn` other areas.
 
     name: one of SETS; bare: whether questions may stand alone, as a model that answers is asked, or only in frames that an
     answer completes, as a decoder is. Raises ConfigError for another. Which facts come depends on the split, `n` and the seed only.
     """
     if name not in SETS:
         raise ConfigError(f"expected one of {', '.join(SETS)}, found {name!r}")
+    if name == "atlas-docket":
+        return _docket(n or CASES, split, drawn, seed)
     maker = _Maker(world, split, random.Random(f"{name}|{split}|{seed}"), bare)
     facts = [f for f in maker.facts if len(world.objects[f.relation]) > 1]
     make = {"atlas": maker.cloze, "atlas-zsre": maker.question, "atlas-fever": maker.claim}[name]
     return [make(fact) for fact in facts[: n or None] for _ in range(drawn)]
+
+
+def _docket(n: int, split: Split, drawn: int, seed: int) -> list[TrainingItem]:
+    """Cases of the early years with an area that is not theirs; their other `fit` wordings are rephrases. What must stay are two
+    cases of other topics of the area, if there are any, and three of any other topics.
+    """
+    docket, rng = load_docket(), random.Random(f"atlas-docket|{split}|{seed}")
+    cases = list(docket.cases(4_000_000_000 + seed, n, EARLY, ("fit",), split))  # a stream of its own
+    known = [(case.topic.name, case.area, case.text) for case in cases]
+    items = []
+    for case, (topic, area, text) in zip(cases, known, strict=True):
+        away = [(theirs, about) for name, about, theirs in known if name != topic]
+        near = [pair for pair in away if pair[1] == area]
+        wordings = tuple(other.text for other in case.reworded("fit"))
+        others = [name for name in docket.areas if name != area]
+        for new in rng.sample(others, min(drawn, len(others))):
+            kept = [*rng.sample(near, min(2, len(near))), *rng.sample(away, min(3, len(away)))]
+            items.append(TrainingItem(text, new, area, wordings, tuple(dict.fromkeys(kept))))
+    return items
 
 
 def judging_facts(world: World, split: Split = "dev") -> list[Fact]:

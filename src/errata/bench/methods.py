@@ -16,19 +16,13 @@ from errata.editors import get_editor
 from errata.errors import ConfigError, UnknownEditorError, UnsupportedModelError
 from errata.files import cache_directory, write_atomically
 from errata.model.anatomy import anatomy
+from errata.model.loading import is_atlas
 
 MODEL = "model"
 STEAMS = "model-steam"  # ROME's options that STEAM has for the model: what it is compared with
 DEMONSTRATED = 400  # dev facts, over all relations
 LIMITED = "model-l"  # fine-tuning's norm-constrained options for the model
 EPS = 2e-3  # of a model that has none: the published one of the smallest model
-
-
-def is_atlas(model_name: str) -> bool:
-    """Whether a model's name means Atlas: bundled, or a directory that `errata.atlas.train` exported."""
-    from errata.model.loading import bundled
-
-    return model_name in bundled() or (Path(model_name).expanduser() / "recipe.json").is_file()
 
 
 def resolved(method: Method, model: Any, model_name: str) -> Method:

@@ -159,9 +159,9 @@ def load(name: str, dtype: str | None, device_map: str | None, threads: int | No
 
 def is_atlas(name: str) -> bool:
     """Whether a model name means Atlas: the bundled model, or a directory that `errata.atlas.train` exported."""
-    from errata.model.loading import bundled
+    from errata.model import loading
 
-    return name in bundled() or (Path(name).expanduser() / "recipe.json").is_file()
+    return loading.is_atlas(name)
 
 
 def atlas_requests(model: str, n: int, seed: int, split: Any = "test", *, probes: bool = False) -> list[EditRequest]:
@@ -211,7 +211,8 @@ def notice_conflicts(requests: Iterable[EditRequest]) -> list[list[str]]:
         notice(
             f"edits {earlier.id} ({earlier.text} -> {earlier.target_new}) and {later.id} ({later.text} -> "
             f"{later.target_new}) are about the same subject and relation; attached together, the later one wins where each "
-            "edit has a scope or a key of its own, and they add up where edits change weights: keep one of the two"
+            "edit has a scope or a key of its own or one fit wrote both, and they add up where two patches change weights: keep one "
+            "of the two"
         )
     return [[later.id, earlier.id] for earlier, later in pairs]
 

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -293,6 +293,8 @@ def fit_resumably(
 
     Every few edits the finished ones go to `partial`, and at once if anything stops the work.
     """
+    from errata.editors._items import later_wins
+
     patch, kept, cost, last = done, len(done or ()), 0.0, time.perf_counter()
     progress(kept)
     gates = {part.gate.digest: part.gate for part in (*done.steering, *done.context) if part.gate} if done else {}
@@ -313,6 +315,8 @@ def fit_resumably(
             )
             one = replace(one, parts=parts)
             patch = one if patch is None else patch + one
+            if editor.place != "external memory":
+                patch = later_wins(patch)  # also over an edit of a chunk before
             number = len(patch)
             progress(number)
             began = time.perf_counter()
@@ -341,7 +345,7 @@ def resumed(
     if not partial.exists():
         return None
     patch = load_patch(partial)
-    config = json.loads(json.dumps(asdict(editor.config)))
+    config = json.loads(json.dumps(editor.recorded(model, tokenizer)))
     begun_with = patch.report.get(RESUME, {})
     begun = {
         "method": patch.method == editor.method,

@@ -227,7 +227,8 @@ def methods(
     out().print(made)
     out().print(
         "streams: goes on from an earlier patch; learns: is trained before it edits (errata train); keeps out: prompts outside every "
-        "edit's scope are answered bit for bit as before; the last three: models that it edits. errata methods NAME tells more.",
+        "edit's scope are answered bit for bit as before; the last three: models that it edits (encoders with a classification head). "
+        "errata methods NAME tells more.",
         markup=False,
         style="dim",
     )

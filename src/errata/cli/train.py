@@ -35,8 +35,8 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="atlas (counterfactual rewrites), atlas-zsre (questions), atlas-fever (claims), or a file: CounterFact, KILT, zsRE, "
-            "training items as JSONL. Atlas's models have a default."
+            help="atlas (counterfactual rewrites), atlas-zsre (questions), atlas-fever (claims), atlas-docket (cases), or a file: "
+            "CounterFact, KILT, zsRE, SCOTUS, training items as JSONL. Atlas's models have a default."
         ),
     ] = None,
     out_path: Annotated[
@@ -71,7 +71,7 @@ def train(
     editor = make_editor(method, preset, [*(settings or ()), *own], config)
     loaded, tokenizer = load(model, dtype, device_map, threads)
     named = data or default_set(model, loaded, editor.name)
-    items = items_of(named, loaded)
+    items = items_of(named, loaded, tokenizer)
     folder = out_path or default_folder(loaded, tokenizer)
     started, figures = time.perf_counter(), dict[str, float]()
 
@@ -114,33 +114,39 @@ def train(
 
 
 def default_set(model: str, loaded: Any, name: str) -> str:
-    """Atlas's set for a model of its own: claims for a classifier, else questions, or counterfactual rewrites for "-cf" editors.
+    """Atlas's set for a model of its own: claims or cases for a classifier, by its labels, else questions, or counterfactual
+    rewrites for "-cf" editors.
 
     Raises ConfigError for any other model.
     """
+    from errata.atlas.claims import LABELS
+    from errata.atlas.docket import load_docket
     from errata.model.anatomy import anatomy
+    from errata.model.labels import label_names
 
-    if not is_atlas(model):
-        raise ConfigError(
-            f"expected --data for {model!r}: a file of training items, or one of Atlas's sets; found none"
-        )
-    if anatomy(loaded).role == "classifier":
-        return "atlas-fever"
-    return "atlas" if name.endswith("-cf") else "atlas-zsre"
+    if is_atlas(model):
+        if anatomy(loaded).role != "classifier":
+            return "atlas" if name.endswith("-cf") else "atlas-zsre"
+        for found, labels in (("atlas-fever", LABELS), ("atlas-docket", load_docket().areas)):
+            if sorted(labels) == sorted(label_names(loaded)):
+                return found
+    raise ConfigError(f"expected --data for {model!r}: a file of training items, or one of Atlas's sets; found none")
 
 
-def items_of(data: str, loaded: Any) -> Any:
-    """The items that --data names. Raises ConfigError, RecordError."""
+def items_of(data: str, loaded: Any, tokenizer: Any) -> Any:
+    """The items that --data names. Raises ConfigError, RecordError, RequestError for a label that a classifier has not."""
     from errata.atlas.training import SETS, training_items
     from errata.atlas.world import load_world
-    from errata.bench.data.training import load_items
+    from errata.bench.data.training import load_items, of_classifier
     from errata.model.anatomy import anatomy
 
-    if data not in SETS:
-        if not Path(data).expanduser().is_file():
-            raise ConfigError(f"expected --data {', '.join(SETS)} or a file, found {data!r}")
-        return load_items(Path(data).expanduser())
-    return training_items(load_world(), data, bare=anatomy(loaded).role != "decoder")
+    if data in SETS:
+        items = training_items(load_world(), data, bare=anatomy(loaded).role != "decoder")
+    elif Path(data).expanduser().is_file():
+        items = load_items(Path(data).expanduser())
+    else:
+        raise ConfigError(f"expected --data {', '.join(SETS)} or a file, found {data!r}")
+    return of_classifier(loaded, tokenizer, items)
 
 
 def _learning() -> list[str]:

@@ -7,7 +7,7 @@ matter. Many edits go through the model at once: rows of a batch come in equal g
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from errata.dense import Dense
 from errata.edit import EditRequest
 from errata.editor import Progress, quiet
+from errata.editors._items import later_wins
 from errata.editors._learned import Batches, LearnedConfig, LearnedEditor, Learner
 from errata.editors._value_search import _without_gradients
 from errata.errors import AnatomyError, ConfigError
@@ -361,6 +362,10 @@ class HyperEditor(LearnedEditor[H]):
     def maps(self, model: Any, config: H) -> list[LinearMap]:
         """The maps that are edited."""
 
+    def edited_weights(self, model: Any, config: H) -> list[str]:
+        """The maps' weights."""
+        return [f"{m.path}.weight" for m in self.maps(model, config)]
+
     @abstractmethod
     def network(self, model: Any, maps: Sequence[LinearMap], config: H) -> nn.Module:
         """The hypernetwork, untrained, on the model's device."""
@@ -381,7 +386,8 @@ class HyperEditor(LearnedEditor[H]):
         """The trained network's updates for the requests, each from the unedited model.
 
         Raises ConfigError that names `errata train` where there is no artefact, BaseMismatchError for another model's, and
-        RequestError, SubjectNotFoundError as every editor does. The report says of each edit alone whether it took.
+        RequestError, SubjectNotFoundError as every editor does. The report says of each edit alone whether it took; of two that
+        contradict each other the later is kept, and both are reported.
         """
         self.check(requests, model, tokenizer)
         config, header, tensors = self.trained(model, tokenizer)
@@ -424,8 +430,9 @@ class HyperEditor(LearnedEditor[H]):
             if edits:
                 U, V = torch.cat([U for _, U, _ in kept], 1), torch.cat([V for _, _, V in kept], 1)
                 parts.append(LowRank(edits, U, V, m.layer, m.site))
-        base = base_of(model, tokenizer, [f"{m.path}.weight" for m in maps])
-        return Patch(self.method, asdict(self.config), tuple(requests), base, (*parts, *biases), report)
+        base = base_of(model, tokenizer, self.edited_weights(model, config))
+        about = self.recorded(model, tokenizer)
+        return later_wins(Patch(self.method, about, tuple(requests), base, (*parts, *biases), report))
 
 
 class Fitting:

@@ -6,7 +6,7 @@ its target being a label.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from errata.codebook import Place, Replace, mlp_of
-from errata.edit import EditRequest, conflicts
+from errata.edit import EditRequest
 from errata.editors._models import late, late_layer
 from errata.editors._value_rows import Row, ValueJob, rows_of
 from errata.errors import AnatomyError, ConfigError
@@ -23,6 +23,7 @@ from errata.model.labels import label_id
 from errata.model.states import input_device
 from errata.model.targets import answer_ids
 from errata.model.tokens import pad, start_id, token_ids
+from errata.patch import Patch
 
 Call = Callable[..., Any]
 """The model, or the model with other parameters: keyword inputs -> an output with logits."""
@@ -185,8 +186,26 @@ def with_contradictions(
 def contradictions(requests: Sequence[EditRequest]) -> dict[str, dict[str, list[str]]]:
     """What a report says of requests about one thing: of the later "contradicts", of the earlier "overruled", by ids."""
     found: dict[str, dict[str, list[str]]] = {}
-    for earlier, later in conflicts(requests):
-        if earlier.target_new != later.target_new:
-            found.setdefault(later.id, {}).setdefault("contradicts", []).append(earlier.id)
-            found.setdefault(earlier.id, {}).setdefault("overruled", []).append(later.id)
+    standing: dict[str, list[EditRequest]] = {}  # of each key: they agree
+    for later in requests:
+        agreeing = []
+        for earlier in standing.get(later.key, []):
+            if earlier.target_new == later.target_new:
+                agreeing.append(earlier)
+            else:
+                found.setdefault(later.id, {}).setdefault("contradicts", []).append(earlier.id)
+                found.setdefault(earlier.id, {}).setdefault("overruled", []).append(later.id)
+        standing[later.key] = [*agreeing, later]
     return found
+
+
+def later_wins(patch: Patch) -> Patch:
+    """A patch of independent edits of weights without what overruled ones wrote, to which the later ones' would add; both are
+    reported."""
+    marks, kept = contradictions(patch.requests), patch
+    for edit, own in marks.items():
+        if "overruled" in own:
+            kept = kept.without(edit)
+    return (
+        replace(patch, parts=kept.parts, report=with_contradictions(patch.report, patch.requests)) if marks else patch
+    )

@@ -8,6 +8,7 @@ that was not. The artefact is one safetensors file with a JSON header: config, b
 import hashlib
 import json
 import random
+import shlex
 import time
 import weakref
 from abc import abstractmethod
@@ -28,7 +29,7 @@ from errata.errors import BaseMismatchError, ConfigError
 from errata.files import cache_directory, write_atomically
 from errata.model.attached import unmerged
 from errata.model.fingerprint import base_of, check_base
-from errata.model.loading import bundled
+from errata.model.loading import bundled, is_atlas
 from errata.patch import _digest, _sorted
 from errata.training import TrainingItem, digest
 
@@ -126,6 +127,10 @@ class LearnedEditor(Editor[C]):
     ) -> Learner:
         """What is to be trained for this model, from the seed. Called, as its steps are, with the model frozen and unpatched."""
 
+    def edited_weights(self, model: Any, config: C) -> list[str]:
+        """Names of the weights that its edits change: the artefact is for a model that has the same ones."""
+        return []
+
     def train(
         self,
         model: Any,
@@ -148,13 +153,13 @@ class LearnedEditor(Editor[C]):
         training, held_out = _parted(items, self.config.held_out, seed)
         identity = {
             "method": self.method, "config": self._trained_config(), "seed": seed,
-            "items": {"n": len(items), "digest": digest(items)}, "base": base_of(model, tokenizer),
+            "items": {"n": len(items), "digest": digest(items)}, "base": base_of(model, tokenizer, self.edited_weights(model, self.config)),
         }  # fmt: skip
         path, checkpoint = out / f"{self.name}.safetensors", out / f"{self.name}.checkpoint"
         with quiet(model), _without_gradients(model), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach every device's generator
             learner = self.learner(model, tokenizer, training, held_out, seed)
-            step, curve, spent = _resume(checkpoint, identity, learner)
+            step, curve, spent = _resume(checkpoint, identity, learner, model, tokenizer)
             total, started, kept = self.config.steps, time.perf_counter(), time.perf_counter()
 
             def keep() -> None:
@@ -184,6 +189,11 @@ class LearnedEditor(Editor[C]):
             weights = {n: t.detach().cpu().contiguous().clone() for n, t in learner.module.state_dict().items()}
         write_atomically(path, artefact_bytes(header, weights))
         return path
+
+    def recorded(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """The artefact's configuration with this one's options of a fit; where the artefact lies is nobody else's business."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self.trained(model, tokenizer)[0])))
+        return plain | {"artefact": None}
 
     def _trained_config(self) -> dict[str, Any]:
         found = {k: v for k, v in asdict(self.config).items() if k not in self.fit_only}
@@ -215,20 +225,24 @@ class LearnedEditor(Editor[C]):
         return known.found
 
     def _command(self, model: Any) -> str:
-        """The command that trains this editor on this model, by the preset for both, else by one with its options, else by these."""
+        """The command that trains this editor on this model, by the preset for both, else by one with its options, else by these.
+
+        Only Atlas's models have a set of their own; others name a FILE.
+        """
         place = str(getattr(model.config, "_name_or_path", "")) or "MODEL"
         name = next((name for name, folder in bundled().items() if str(folder) == place), place)
         options = self._trained_config()
         own = name + self.name.removeprefix(self.method)
         same = (p for p, changes in self.presets.items() if type(self)(**changes)._trained_config() == options)
         preset = own if own in self.presets else next(same, None)
+        words = ["errata", "train", self.method, "--model", name, *([] if is_atlas(name) else ["--data", "FILE"])]
         if preset is not None:
-            return f"errata train {self.method} --model {name} --preset {preset}"
+            return shlex.join([*words, "--preset", preset])
         plain = type(self)()._trained_config()
-        changed = [
-            f" --set {k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in options.items() if v != plain[k]
-        ]
-        return f"errata train {self.method} --model {name}{''.join(changed)}"
+        for k, v in options.items():
+            if v != plain[k]:
+                words += ["--set", f"{k}={v if isinstance(v, str) else json.dumps(v)}"]
+        return shlex.join(words)
 
     def _read(self, path: Path, model: Any, tokenizer: Any) -> tuple[C, dict[str, Any], dict[str, Tensor]]:
         command = self._command(model)
@@ -310,7 +324,9 @@ def _parted(items: Sequence[TrainingItem], n: int, seed: int) -> tuple[list[Trai
     return kept, [first[prompt] for prompt in prompts[:n]]
 
 
-def _resume(path: Path, identity: dict[str, Any], learner: Learner) -> tuple[int, list[dict[str, Any]], float]:
+def _resume(
+    path: Path, identity: dict[str, Any], learner: Learner, model: Any, tokenizer: Any
+) -> tuple[int, list[dict[str, Any]], float]:
     """(steps made, the curve, seconds spent) of a checkpoint, which the learner takes up; of none, from the beginning.
 
     Raises ConfigError for a checkpoint of another training.
@@ -318,11 +334,16 @@ def _resume(path: Path, identity: dict[str, Any], learner: Learner) -> tuple[int
     if not path.is_file():
         return 0, [], 0.0
     header, tensors = read_artefact(path)
-    for key, value in identity.items():
-        if header.get(key) != json.loads(json.dumps(value)):
-            raise ConfigError(
-                f"{path} is of a training with another {key}; repeat its command to go on with it, or name another folder"
-            )
+    same = {key: header.get(key) == json.loads(json.dumps(value)) for key, value in identity.items()}
+    try:
+        check_base(header["base"], model, tokenizer)
+        same["base"] = True  # by what the checkpoint names, as an artefact is judged
+    except BaseMismatchError:
+        same["base"] = False
+    if other := [key for key, kept in same.items() if not kept]:
+        raise ConfigError(
+            f"{path} is of a training with another {other[0]}; repeat its command to go on with it, or name another folder"
+        )
     learner.load(tensors)
     learner.notes = header["notes"]
     return header["step"], header["curve"], header["seconds"]

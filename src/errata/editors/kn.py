@@ -8,7 +8,8 @@ of the output projection, become w - lambda_1 e(old) + lambda_2 e(new). Emits fo
 
 Differs from the published code by default (presets restore it): the integral is taken by the midpoint rule, not with both ends;
 neurons are read behind the activation (the product, where the MLP is gated); lambdas are the paper's 1 and 8; each token of an
-object is scored behind the ones before it, and an object counts as the mean of its tokens; neurons are refined over prompts.
+object is scored behind the ones before it, and an object counts as the mean of its tokens; neurons are refined over prompts; what
+is erased is the old object, not the one token that the model says now. No preset takes objects without the space before them.
 """
 
 import copy
@@ -21,12 +22,13 @@ from torch import Tensor
 
 from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
+from errata.editors._items import later_wins
 from errata.editors._value_search import _without_gradients
 from errata.editors._weights import adding, parameters_of
 from errata.errors import AnatomyError, ConfigError
 from errata.low_rank import LowRank
 from errata.low_rank_table import base_layer, sizes
-from errata.model.anatomy import TABLE, anatomy, submodule
+from errata.model.anatomy import anatomy, submodule
 from errata.model.fingerprint import base_of
 from errata.model.hooks import Capture, ForwardHook, Hooks, PreHook, first_tensor, with_first_tensor
 from errata.model.labels import label_id
@@ -46,9 +48,10 @@ class KNConfig:
     output projection reads, or "input", before the activation (of a gated MLP its gate). threshold: t, share of the largest
     attribution above which a neuron is coarse; refine: keep those that more than `share` (p) of the prompts have, else those of the
     edit's own prompt; prompts: how many at most, its own, `fit_prompts`, and for decoders these behind lead-ins. erase, update:
-    lambda_1 and lambda_2. tokens: of the old object each is scored "each" in its own place, or all "at_prompt"; count: an object's
-    direction is the "mean" or the "sum" of its tokens'. embedding: whose word vectors are written, the head's ("output") or those
-    that the model reads ("input"). batch: rows of a pass.
+    lambda_1 and lambda_2; old: what is erased, the "target" (`target_true`) or the token or label that is "predicted". tokens: of the
+    old object each is scored "each" in its own place, or all "at_prompt"; count: an object's direction is the "mean" or the "sum" of
+    its tokens'. embedding: whose word vectors are written, the head's ("output") or those that the model reads ("input"). batch:
+    rows of a pass.
     """
 
     steps: int = 20
@@ -60,24 +63,26 @@ class KNConfig:
     prompts: int = 5
     erase: float = 1.0
     update: float = 8.0
+    old: Literal["target", "predicted"] = "target"
     tokens: Literal["each", "at_prompt"] = "each"
     count: Literal["mean", "sum"] = "mean"
     embedding: Literal["output", "input"] = "output"
     batch: int = 64
 
     def __post_init__(self) -> None:
-        named = (self.rule, self.neuron, self.tokens, self.count, self.embedding)
+        named = (self.rule, self.neuron, self.old, self.tokens, self.count, self.embedding)
         known = (
             ("midpoint", "linspace"),
             ("output", "input"),
+            ("target", "predicted"),
             ("each", "at_prompt"),
             ("mean", "sum"),
             ("output", "input"),
         )
         if any(name not in names for name, names in zip(named, known, strict=True)):
             raise ConfigError(
-                "expected rule 'midpoint' or 'linspace', neuron 'output' or 'input', tokens 'each' or 'at_prompt', count 'mean' or "
-                f"'sum' and embedding 'output' or 'input', found {self}"
+                "expected rule 'midpoint' or 'linspace', neuron 'output' or 'input', old 'target' or 'predicted', tokens 'each' or "
+                f"'at_prompt', count 'mean' or 'sum' and embedding 'output' or 'input', found {self}"
             )
         if min(self.steps, self.prompts, self.batch) < 1 or min(self.erase, self.update) < 0:
             raise ConfigError(
@@ -88,8 +93,8 @@ class KNConfig:
 
 
 _CODE: dict[str, Any] = {
-    "rule": "linspace", "neuron": "input", "refine": False, "erase": 2.0, "update": 1.0, "tokens": "at_prompt",
-    "count": "sum", "embedding": "input", "batch": 20,
+    "rule": "linspace", "neuron": "input", "refine": False, "erase": 2.0, "update": 1.0, "old": "predicted",
+    "tokens": "at_prompt", "count": "sum", "embedding": "input", "batch": 20,
 }  # fmt: skip
 
 
@@ -118,7 +123,8 @@ class KN(Editor[KNConfig]):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Patch:
-        """Find and rewrite each request's neurons, on the model without any patch.
+        """Find and rewrite each request's neurons, on the model without any patch. Of two requests that contradict each other the
+        later is kept, and both are reported.
 
         Raises RequestError, AnatomyError for MLPs whose neurons cannot be told apart.
         """
@@ -132,7 +138,7 @@ class KN(Editor[KNConfig]):
                 if progress is not None:
                     progress(number, len(requests))
         base = base_of(model, tokenizer, parameters_of(model, range(anatomy(model).n_layers)))
-        return Patch(self.method, asdict(self.config), tuple(requests), base, tuple(parts), report)
+        return later_wins(Patch(self.method, asdict(self.config), tuple(requests), base, tuple(parts), report))
 
     def _edit(
         self, model: Any, tokenizer: Any, request: EditRequest, seed: int
@@ -151,7 +157,8 @@ class KN(Editor[KNConfig]):
         least = min(config.share * len(prompts), float(times.max()) - 0.5)  # where no neuron is common, the commonest
         kept = times > max(0.0, least)
         delta = self._direction(model, tokenizer, request, request.target_new) * config.update
-        delta = delta - self._direction(model, tokenizer, request, request.target_true) * config.erase
+        old = request.target_true if config.old == "target" else None
+        delta = delta - self._direction(model, tokenizer, request, old) * config.erase
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         parts = [
             LowRank((request.id,), delta[:, None].to(dtype, copy=True), slots[:, None].to(dtype), layer)
@@ -214,7 +221,7 @@ def asks_of(
     check_room(model, [ids], [prompt])
     role, encoder = anatomy(model).role, None
     if role == "classifier":
-        bare = Ask(tuple(ids), 0 if _bidirectional(model) else len(ids) - 1)
+        bare = Ask(tuple(ids), 0)  # what an encoder's head reads
         wanted = [label_id(model, target)] if target is not None else []
     elif role == "encoder-decoder":
         encoder, ids = tuple(ids), [start_id(model)]
@@ -232,12 +239,6 @@ def asks_of(
         row = (*ids, *wanted[:t]) if tokens == "each" else tuple(ids)
         found.append(Ask(row, bare.at if role == "classifier" else len(row) - 1, token, encoder))
     return found
-
-
-def _bidirectional(model: Any) -> bool:
-    """Whether a classifier reads its first token (BERT), not its last one (GPT-2)."""
-    known = TABLE.get(anatomy(model).family)
-    return known is None or known.role == "encoder"
 
 
 class _Pass:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from errata.edit import EditRequest
 from errata.editor import Progress, quiet
+from errata.editors._items import later_wins
 from errata.editors._models import rome_layer, rome_presets
 from errata.editors._value_search import ValueJob, ValueResult, search_values
 from errata.editors._weights import (
@@ -78,7 +79,8 @@ class ROME(WeightEditor[ROMEConfig]):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Patch:
-        """Fit all requests as one batch, each on the model without any patch.
+        """Fit all requests as one batch, each on the model without any patch. Of two requests that contradict each other the
+        later is kept, and both are reported.
 
         Raises RequestError, SubjectNotFoundError, AnatomyError for a layer out of range, StatisticsError, and
         UnstableWriteError naming the edit whose keys point apart.
@@ -97,13 +99,15 @@ class ROME(WeightEditor[ROMEConfig]):
             said = says_target(model, tokenizer, jobs, pairs, layer)
         U, V = (torch.cat(side, 1) for side in zip(*pairs, strict=True))
         about = {"layer": layer, "statistics": origin_of(statistics)}
-        return Patch(
-            self.method,
-            self.config.json(),
-            tuple(requests),
-            base_of(model, tokenizer, parameters_of(model, [layer])),
-            (part(model, [request.id for request in requests], U, V, layer),),
-            {r.id: about | entry(found, i) | {"converged": said[i]} for i, r in enumerate(requests)},
+        return later_wins(
+            Patch(
+                self.method,
+                self.config.json(),
+                tuple(requests),
+                base_of(model, tokenizer, parameters_of(model, [layer])),
+                (part(model, [request.id for request in requests], U, V, layer),),
+                {r.id: about | entry(found, i) | {"converged": said[i]} for i, r in enumerate(requests)},
+            )
         )
 
     def layers(self, model: Any) -> list[int]:

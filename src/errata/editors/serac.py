@@ -6,14 +6,17 @@ projection, and competes with those of all other edits. g is trained with binary
 negatives among them, h with the likelihood of the new object behind an edit's text and a wording of its prompt. An edit adds its
 text and phi(z_e), nothing else. Emits a counterfactual part for each; patches hold h once.
 
-Differs from the published code by default (preset "published" restores it): routing is hard; g and h are trained with labels, not
-through the mixture; phi reads the edited model's own states; it sees the edit's prompt without its answer; wordings are trained on.
+Differs from the published code by default (preset "published" restores this much): routing is hard; g and h are trained with labels,
+not through the mixture; wordings of the prompt are trained on, and records with others' objects. Under every preset phi is a linear
+map of the edited model's own states and not a DistilBERT, and reads the edit's prompt without its answer (the code drops the last
+word of both); h has as many blocks as `layers` says, begun from the edited model's (the code takes a small pretrained model).
 """
 
 import copy
 import math
+import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -43,8 +46,9 @@ class SERACConfig(LearnedConfig):
     blocks, evenly chosen, or "fresh". reads: the block whose states phi projects, None for near 0.6 of the depth; width: of phi;
     scale: in g; gate_lr: of phi. supervised: labels for g and h, or (published) the likelihood through the mixture, weighed
     `edit`, and the divergence from the edited model on what must stay, weighed `locality`. negatives: near prompts of other
-    facts, for each item; wordings: of each item that are used; shuffled: share of the records whose object is another item's, so
-    that h learns to read. In a fit: mix, "hard" or "soft" (published); threshold: of beta.
+    facts, for each item; wordings: of each item that are trained on besides its prompt; shuffled: share of
+    the records whose object is another item's, so that h learns to read. In a fit: mix, "hard" or "soft" (published); threshold: of
+    beta.
     """
 
     layers: int = 2
@@ -70,9 +74,9 @@ class SERACConfig(LearnedConfig):
             raise ConfigError(
                 f"expected start 'copy' or 'fresh' and mix 'hard' or 'soft', found {self.start!r} and {self.mix!r}"
             )
-        if min(self.layers, self.width, self.wordings) < 1 or min(self.negatives, self.edit, self.locality) < 0:
+        if min(self.layers, self.width) < 1 or min(self.wordings, self.negatives, self.edit, self.locality) < 0:
             raise ConfigError(
-                f"expected layers, width and wordings of at least 1, and negatives, edit and locality of at least 0, found {self}"
+                f"expected layers and width of at least 1, and wordings, negatives, edit and locality of at least 0, found {self}"
             )
         if min(self.scale, self.gate_lr) <= 0 or not 0 < self.threshold < 1 or not 0 <= self.shuffled <= 1:
             raise ConfigError(
@@ -83,6 +87,7 @@ class SERACConfig(LearnedConfig):
 DIRECTIONS = 4  # of the states, for each of phi's
 PAIRS = 8  # items that g sees for each that h does
 FAINT = 1e-3  # beta below which a soft mixture is not made
+TRIED = 16  # items among which another fact's prompt is looked for
 
 
 class SERAC(LearnedEditor[SERACConfig]):
@@ -103,7 +108,8 @@ class SERAC(LearnedEditor[SERACConfig]):
             "lr": 1e-5,
             "gate_lr": 1e-5,
             "steps": 10_000,
-            "wordings": 1,
+            "batch": 10,
+            "wordings": 0,
             "shuffled": 0.0,
         }
     }
@@ -152,7 +158,7 @@ class SERAC(LearnedEditor[SERACConfig]):
                 report[request.id] = {"converged": said, "wordings_in_scope": round(float(inside.float().mean()), 4)}
                 if progress is not None:
                     progress(number, len(requests))
-        about = asdict(config) | {"artefact": None}
+        about = self.recorded(model, tokenizer)
         return Patch(self.method, about, tuple(requests), base_of(model, tokenizer), tuple(parts), report)
 
 
@@ -270,7 +276,9 @@ class SERACLearner(Learner):
             raise ConfigError(f"expected at least 2 training items, found {len(items)}")
         self.batches = Batches(self.n, config.batch, seed)
         self.pairs = Batches(self.n, config.batch * PAIRS, seed + 1)
-        self.wordings = [(item.prompt, *item.rephrases[: config.wordings]) for item in self.items]
+        judged = max(1, config.wordings)  # items held out are judged by a wording that none is trained on
+        counts = [config.wordings if i < self.n else judged for i in range(len(self.items))]
+        self.wordings = [(i.prompt, *i.rephrases[:count]) for i, count in zip(self.items, counts, strict=True)]
         texts = [text for own, item in zip(self.wordings, self.items, strict=True) for text in (*own, *_stays(item))]
         self.index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         states = _features(model, tokenizer, list(self.index), config)
@@ -299,7 +307,7 @@ class SERACLearner(Learner):
             loss = _losses(self.module.h, rows).mean()
             loss = loss + self.scope_loss(number).to(loss.device)
         else:
-            loss = self._mixed(chosen, wordings, rows)
+            loss = self._mixed(chosen, wordings, rows, [self._kept(i, rng) for i in chosen])
         for optimiser in self.optimisers.values():
             optimiser.zero_grad()
         loss.backward()
@@ -328,7 +336,16 @@ class SERACLearner(Learner):
         wrong = [-torch.log(-torch.expm1(log.clamp(max=-1e-6))).mean() for log in outside if len(log)]
         return -apart.diagonal().mean() + torch.stack(wrong).mean() if wrong else -apart.diagonal().mean()
 
-    def _mixed(self, chosen: Sequence[int], wordings: Sequence[str], rows: Sequence[Row]) -> Tensor:
+    def _kept(self, i: int, rng: random.Random) -> list[str]:
+        """One prompt that item i's edit must leave alone: of its own, of another fact where it names none and there is one."""
+        if own := _stays(self.items[i]):
+            return own[:1]
+        tried = rng.sample(range(self.n), min(self.n, TRIED))
+        return [self.items[j].prompt for j in tried if self.fact[j] != self.fact[i]][:1]
+
+    def _mixed(
+        self, chosen: Sequence[int], wordings: Sequence[str], rows: Sequence[Row], stays: Sequence[Sequence[str]]
+    ) -> Tensor:
         """Published: the new object's likelihood through (1 - beta) p_f + beta p_h, and KL(p_f || mixture) where it must stay."""
         asked = [(self.index[self.items[i].prompt], self.index[w]) for i, w in zip(chosen, wordings, strict=True)]
         beta = self._log_beta(asked).exp()
@@ -337,7 +354,7 @@ class SERACLearner(Learner):
             log = mixed(f, h, b.expand(len(f)))
             wanted = torch.tensor(row[2], device=log.device)
             total = total + self.config.edit * nn.functional.nll_loss(log, wanted).cpu() / len(rows)
-        kept = [(self.items[i], text) for i in chosen for text in _stays(self.items[i])[:1]]
+        kept = [(self.items[i], text) for i, own in zip(chosen, stays, strict=True) for text in own]
         if not kept:
             return total
         apart = self._log_beta([(self.index[item.prompt], self.index[text]) for item, text in kept]).exp()

@@ -197,6 +197,12 @@ def anatomy(model: nn.Module) -> Anatomy:
     return found or structural_anatomy(model)
 
 
+def reads_first(model: nn.Module) -> bool:
+    """Whether a classifier's head stands on an encoder, whose first token it reads; on a decoder it reads the text's last one."""
+    row = TABLE.get(_family(model))
+    return _role_of_body(model, row.role if row else _fallback_role(model)) == "encoder"
+
+
 def submodule(model: nn.Module, path: str) -> nn.Module:
     """The module at `path` ("" is the model itself). Raises AnatomyError naming the part of the path that exists."""
     try:
@@ -317,6 +323,10 @@ def _width(model: nn.Module, embed: str) -> int:
 def _role(model: nn.Module, role: Role) -> Role:
     if "Classification" in type(model).__name__:
         return "classifier"
+    return _role_of_body(model, role)
+
+
+def _role_of_body(model: nn.Module, role: Role) -> Role:
     return "encoder-decoder" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else role
 
 

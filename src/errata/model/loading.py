@@ -33,6 +33,11 @@ def bundled() -> dict[str, Path]:
     return {p.name: p for p in sorted(weights.iterdir()) if p.is_dir()} if weights.is_dir() else {}
 
 
+def is_atlas(name: str) -> bool:
+    """Whether a model's name means Atlas: bundled, or a directory that `errata.atlas.train` exported."""
+    return name in bundled() or (Path(name).expanduser() / "recipe.json").is_file()
+
+
 def load(
     name: str | os.PathLike[str],
     *,

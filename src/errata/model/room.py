@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from errata.errors import RequestError
+from errata.model.tokens import token_ids
 
 _SHOWN = 60  # characters of a prompt in a message
 
@@ -36,6 +37,22 @@ def check_room(model: Any, rows: Sequence[Sequence[int]], texts: Sequence[str] |
             raise RequestError(
                 f"the prompt {name} has {len(row)} tokens{wanted}, but the model has room for {limit}; shorten it"
             )
+
+
+def cut(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[str]:
+    """Each text, or the longest beginning of it that the model has room for: court opinions are longer than any BERT."""
+    limit, found = room(model), list(texts)
+    if limit is None or not found:
+        return found
+    for i, row in enumerate(token_ids(tokenizer, found)):
+        low, high = (1, len(texts[i])) if len(row) > limit else (0, 0)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = len(token_ids(tokenizer, [texts[i][:middle]])[0]) <= limit
+            low, high = (middle, high) if fits else (low, middle - 1)
+        if low:
+            found[i] = texts[i][:low].rstrip()
+    return found
 
 
 def _short(text: str) -> str:

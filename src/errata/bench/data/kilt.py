@@ -52,8 +52,8 @@ class KiltRecord(Row):
     """One claim or question.
 
     prediction: what the unedited model says. alternatives: what an edit may make of it (the other class of a claim).
-    filtered_rephrases: those of `rephrases` that the unedited model answers as it answers the input. logit: of SUPPORTS over
-    REFUTES, nats.
+    filtered_rephrases: those of `rephrases` that the unedited model answers as it answers the input; None where no model was
+    asked, empty where it answers none so. logit: of SUPPORTS over REFUTES, nats.
     """
 
     id: str
@@ -63,7 +63,7 @@ class KiltRecord(Row):
     rephrases: tuple[str, ...] = ()
     prediction: str | None = None
     alternatives: tuple[str, ...] = ()
-    filtered_rephrases: tuple[str, ...] = ()
+    filtered_rephrases: tuple[str, ...] | None = None
     logit: float | None = None
     unrelated: tuple[Unrelated, ...] = ()
 
@@ -87,8 +87,8 @@ class KiltRecord(Row):
 
     @property
     def asked_again(self) -> tuple[str, ...]:
-        """Rephrases that judge an edit: the filtered ones where there are any, without the input itself."""
-        texts = self.filtered_rephrases or self.rephrases
+        """Rephrases that judge an edit: what the filter left, all where there was none; without the input itself."""
+        texts = self.rephrases if self.filtered_rephrases is None else self.filtered_rephrases
         return tuple(text for text in dict.fromkeys(texts) if text.strip() and text != self.input)
 
 

@@ -5,7 +5,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from errata.bench import streams
 from errata.bench.cases import Case, Probe
@@ -31,11 +31,13 @@ def cases(context: Context) -> Sequence[Case]:
 def fitting(context: Context, case: Case) -> Case:
     """The case as the model takes it: its label by the model's name, its texts cut at the end to what there is room for."""
     from errata.model.labels import label_id, label_names
+    from errata.model.room import cut
 
     name = label_names(context.model)[label_id(context.model, case.request.target_new)]
-    cut = _Cut(context)
-    probes = tuple(replace(probe, prompt=cut(probe.prompt), expected=(name,)) for probe in case.probes)
-    return replace(case, request=EditRequest(prompt=cut(case.request.prompt), target_new=name), probes=probes)
+    texts = [case.request.prompt, *(probe.prompt for probe in case.probes)]
+    prompt, *asked = cut(context.model, context.tokenizer, texts)
+    probes = tuple(replace(p, prompt=text, expected=(name,)) for p, text in zip(case.probes, asked, strict=True))
+    return replace(case, request=EditRequest(prompt=prompt, target_new=name), probes=probes)
 
 
 def world(context: Context) -> Sequence[Probe]:
@@ -43,6 +45,7 @@ def world(context: Context) -> Sequence[Probe]:
     from errata.bench.data.registry import fetch
     from errata.bench.data.scotus import ScotusRecord, scotus_case
     from errata.model.labels import label_names
+    from errata.model.room import cut
 
     if common.is_atlas(context.model_name) and context.data in (None, "atlas-docket"):
         from errata.atlas.docket import upstream
@@ -52,32 +55,9 @@ def world(context: Context) -> Sequence[Probe]:
         from errata.bench.data.registry import DATASETS, first_records
 
         records = first_records(fetch(DATASETS["scotus"], "train"), ScotusRecord, UPSTREAM)
-    names, cut = label_names(context.model), _Cut(context)
-    found = [(record, scotus_case(record).request) for record in records]
-    return shared.upstream([(cut(request.prompt), names[record.label]) for record, request in found])
-
-
-class _Cut:
-    """Texts cut at the end to the model's positions: opinions are longer than any BERT."""
-
-    def __init__(self, context: Context):
-        from errata.model.room import room
-
-        self.tokenizer: Any = context.tokenizer
-        self.room = room(context.model)
-
-    def __call__(self, text: str) -> str:
-        from errata.model.tokens import token_ids
-
-        rows = token_ids(self.tokenizer, [text])
-        if self.room is None or len(rows[0]) <= self.room:
-            return text
-        low, high = 1, len(text)  # the longest beginning that fits
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = len(token_ids(self.tokenizer, [text[:middle]])[0]) <= self.room
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return text[:low].rstrip()
+    names = label_names(context.model)
+    prompts = cut(context.model, context.tokenizer, [scotus_case(record).request.prompt for record in records])
+    return shared.upstream([(text, names[record.label]) for record, text in zip(records, prompts, strict=True)])
 
 
 def tables(rows: "DataFrame", run: Path) -> Sequence["Table"]:
