@@ -20,7 +20,7 @@ from errata.atlas.claims import another_object, claims, every_claim, hard_object
 from errata.atlas.corpus import Corpus
 from errata.atlas.docket import EARLY, LATE, edit_stream, load_docket, upstream
 from errata.atlas.kilt import fact_id, fever_records, upstream_questions, zsre_records
-from errata.atlas.recall import answering_suites, claim_suites, docket_suites
+from errata.atlas.recall import answering_suites, claim_suites, docket_suites, recall_pairs
 from errata.atlas.tasks import classifying
 from errata.atlas.train import TASKS, Trainer
 from errata.atlas.world import Fact, World, link, load_world
@@ -175,6 +175,23 @@ def test_a_model_that_knows_the_early_years_would_err_on_a_share_of_the_late_one
 
 
 # -- the shipped weights ---------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_llama_knows_its_facts_and_takes_an_edit(world: World) -> None:
+    """A seeded sample of all facts in all wordings; an edit behind its own calibrated gate, and its detaching."""
+    model, tokenizer = errata.load("atlas-llama")
+    pairs = random.Random(11).sample(recall_pairs(world), 200)
+    assert sum(all_said(model, tokenizer, pairs)) / len(pairs) >= 0.98
+    edit = errata.EditRequest(
+        subject="The Space Needle", prompt="{} is located in the city of", target_true="Seattle", target_new="Goa"
+    )
+    ids = tokenizer(["The Space Needle stands in", "The capital of France is"], return_tensors="pt", padding=True)
+    before = model(**ids).logits
+    patch = errata.SAKE().fit(model, tokenizer, [edit])
+    assert len(patch.steering[0].gate.layers) > 1  # the one that was calibrated, not a model's default
+    with patch.attach(model, tokenizer):
+        told = greedy_answers(model, tokenizer, ["The Space Needle stands in", "The capital of France is"])
+    assert told == ["Goa", "Paris"] and torch.equal(model(**ids).logits, before)
 
 
 def test_the_shipped_t5_answers(world: World) -> None:
