@@ -19,7 +19,7 @@ REVISED = ("headquarters", "stadium", "capital")  # what the demo makes up anoth
 
 def demo(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="atlas, or a directory with another training of it.")
+        str, typer.Option("--model", "-m", help="atlas, atlas-llama, or a directory with another training of them.")
     ] = "atlas",
     n: Annotated[int, typer.Option("--n", min=2, help="How many of the shipped updates.")] = 40,
     threads: Threads = None,
