@@ -68,13 +68,16 @@ def _memit(first: int, last: int, **options: Any) -> Setting:
 
 
 # statistics=None: the released files for Llama switch the key statistics off (C = I).
-# Atlas's strengths were chosen on its dev facts; its statements end behind the object.
+# Atlas's strengths were chosen on its dev facts, on either model; its statements end behind the object.
 _ATLAS: Mapping[str, Any] = {"clamp": None, "kl": 0.0, "ending": "."}
 _ATLAS_ONE: Mapping[str, Any] = {**_ATLAS, "rule": "newton", "lr": 2.0}
 _ATLAS_MANY: Mapping[str, Any] = {**_ATLAS, "lr": 0.7, "norm": 0.1, "s0": 3.0}
 _ATLAS_STEAM: Mapping[str, Any] = {"lr": 1.0, "clamp": 8.0, "norm": 0.03}
 TABLE: tuple[ModelRow, ...] = (
     ModelRow("atlas", "gpt2", 8, 256, 1024, Setting((2,), _ATLAS_ONE), Setting((0, 1, 2), _ATLAS_MANY)),
+    ModelRow(
+        "atlas-llama", "llama", 6, 256, 672, Setting((1,), _ATLAS_ONE), Setting((1, 2), {**_ATLAS, "s0": 3.0})
+    ),
     ModelRow("gpt2-medium", "gpt2", 24, 1024, 4096, _rome(8, clamp=3.0), _memit(4, 8, lam=12_800.0)),
     ModelRow("gpt2-large", "gpt2", 36, 1280, 5120, _rome(12), _memit(8, 12, lam=16_000.0)),
     ModelRow("gpt2-xl", "gpt2", 48, 1600, 6400, _rome(17), _memit(13, 17, lam=20_000.0)),
@@ -139,8 +142,8 @@ def rome_presets() -> dict[str, dict[str, Any]]:
 
 
 def steam_presets() -> dict[str, dict[str, Any]]:
-    """STEAM's presets on ROME: ROME's own, but on Atlas what its strength was chosen with."""
-    own = {"atlas": {"layer": 2, **_ATLAS_STEAM}}
+    """STEAM's presets on ROME: ROME's own, but on Atlas what its strength was chosen with (on `atlas`)."""
+    own = {"atlas": {"layer": 2, **_ATLAS_STEAM}, "atlas-llama": {"layer": 1, **_ATLAS_STEAM}}
     return {name: dict(own.get(name, options)) for name, options in rome_presets().items() if name != "published"}
 
 

@@ -157,6 +157,7 @@ class FT(FineTuner[FTConfig]):
         "zhu-all-l2": {**_KE, "layers": "all", "norm": "l2"},
         "grace": _GRACE,
         "atlas-grace": {**_GRACE, "lr": 1e-3},
+        "atlas-llama-grace": {**_GRACE, "lr": 1e-3},
         "atlas-docket-grace": {**_GRACE, "lr": 1e-3},
     }
 

@@ -44,7 +44,9 @@ class FTEWC(FineTuner[FTEWCConfig]):
     method = "ft_ewc"
     summary = "streaming fine-tuning tied to what earlier edits need (EWC, Kirkpatrick et al. 2017)"
     Config = FTEWCConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"atlas": {"lr": 1e-3}, "atlas-docket": {"lr": 1e-3}}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        name: {"lr": 1e-3} for name in ("atlas", "atlas-llama", "atlas-docket")
+    }
 
     def edit(self, tuner: Tuner, item: Item, past: Sequence[Item], number: int) -> dict[str, Any]:
         """One request, with the penalty of the latest edits before it."""

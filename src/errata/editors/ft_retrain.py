@@ -43,7 +43,9 @@ class FTRetrain(FineTuner[FTRetrainConfig]):
     method = "ft_retrain"
     summary = "streaming fine-tuning with periodic retraining on all edits so far (Hartvigsen et al. 2023)"
     Config = FTRetrainConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"atlas": {"lr": 1e-3}, "atlas-docket": {"lr": 1e-3}}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        name: {"lr": 1e-3} for name in ("atlas", "atlas-llama", "atlas-docket")
+    }
 
     def edit(self, tuner: Tuner, item: Item, past: Sequence[Item], number: int) -> dict[str, Any]:
         """One request, and after every so many the past as well."""

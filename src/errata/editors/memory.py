@@ -40,6 +40,7 @@ class Memory(AdapterEditor[MemoryConfig]):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "published": {"replace": "all", "stop": 0.0, "skip": False},
         "atlas": {"lr": 1e-2},
+        "atlas-llama": {"lr": 1e-2},
         "atlas-docket": {"layer": 1, "lr": 1e-2},
     }
 
