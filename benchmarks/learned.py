@@ -11,7 +11,6 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from errata.atlas.probes import with_probes
 from errata.atlas.requests import counterfactual, request_for
 from errata.atlas.training import judging_facts
 from errata.atlas.world import World, load_world
-from errata.bench.intervals import wilson
+from errata.bench.intervals import share
 from errata.cli.fit import make_editor
 from errata.edit import EditRequest
 from errata.editors._learned import LearnedEditor
@@ -53,13 +52,6 @@ def cases(world: World, model: Any, n: int, seed: int) -> list[Case]:
     able = [f for f in facts if len(world.objects[f.relation]) > 1][:n]
     requests = with_probes(world, [request_for(world, f, counterfactual(world, f, rng)) for f in able], seed)
     return [(r, list(r.paraphrase_prompts), list(r.neighborhood_prompts)) for r in requests]
-
-
-def share(passed: Sequence[float]) -> dict[str, Any]:
-    """The mean over edits of each one's share, with its interval."""
-    value = sum(passed) / len(passed)
-    low, high = wilson(value, len(passed))
-    return {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4), "n": len(passed)}
 
 
 def main() -> None:

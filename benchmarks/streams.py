@@ -22,7 +22,7 @@ import errata
 from errata.bench import streams
 from errata.bench.ask import Question, ask
 from errata.bench.cases import Case, Probe
-from errata.bench.intervals import wilson
+from errata.bench.intervals import share
 from errata.bench.preset import Context, get_preset
 from errata.cli.fit import make_editor
 from errata.model.anatomy import anatomy
@@ -34,15 +34,6 @@ def grid(settings: Sequence[str]) -> list[list[str]]:
     for setting in settings:
         values.setdefault(setting.partition("=")[0], []).append(setting)
     return [list(choice) for choice in itertools.product(*values.values())]
-
-
-def share(passed: Sequence[bool]) -> dict[str, Any] | None:
-    """The share with its interval, None of nothing."""
-    if not passed:
-        return None
-    value = sum(passed) / len(passed)
-    low, high = wilson(value, len(passed))
-    return {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4), "n": len(passed)}
 
 
 def trial(editor: Any, model: Any, tokenizer: Any, cases: Sequence[Case], world: Sequence[Probe]) -> dict[str, Any]:
@@ -62,7 +53,7 @@ def trial(editor: Any, model: Any, tokenizer: Any, cases: Sequence[Case], world:
     with streams.put_in(patch, model, tokenizer) if patch is not None and patch.parts else nullcontext():
         for question, row in zip(questions, ask(model, tokenizer, questions, figures=False), strict=True):
             found[question.probe.kind].append(bool(row["passed"]))
-    trr, err, others = map(share, found.values())
+    trr, err, others = (share(passed) if passed else None for passed in found.values())
     return {
         "edits": made, "failed": len(errors), "TRR": trr, "ERR": err,
         "avg": round((trr["value"] + err["value"]) / 2, 4) if trr and err else None, "other_wordings": others,

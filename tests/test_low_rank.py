@@ -28,6 +28,7 @@ from errata.low_rank import LowRank, stacked
 from errata.low_rank_table import sizes
 from errata.merge import merge
 from errata.model.anatomy import anatomy
+from errata.model.attached import unmerged
 from errata.model.fingerprint import base_of
 from errata.model.hooks import Capture
 from errata.model.tokens import pad
@@ -480,6 +481,19 @@ def test_merges_leave_in_any_order(llama: PreTrainedModel, tokenizer: PreTrained
     assert same(weights(llama), alone[0])
     first.unmerge()
     assert same(weights(llama), before)
+
+
+def test_a_merge_that_is_left_out_of_account_comes_back_bit_for_bit(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And gates look again at what they decided by the other weights."""
+    before, told = weights(llama), list[Any]()
+    with merge(weight_patch(llama, tokenizer, SUBJECTS[0]), llama, tokenizer):
+        merged = weights(llama)
+        monkeypatch.setattr("errata.merge.forget_decisions", told.append)
+        with unmerged(llama):
+            assert same(weights(llama), before) and not same(weights(llama), merged) and not told
+        assert same(weights(llama), merged) and len(told) == 1
 
 
 def test_what_merging_refuses(

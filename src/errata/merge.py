@@ -116,6 +116,7 @@ class _Weights:
             with torch.no_grad():
                 for path, weight in weights.items():
                     weight.copy_(written[path])
+            forget_decisions(self.model)
 
     def _write(self, paths: Any) -> None:
         """Bring these weights in line with what is merged; forget the originals of those that are restored."""

@@ -1,6 +1,6 @@
 """Rates and their 95 % intervals: the bootstrap over cases, and Wilson's where the bootstrap says nothing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from typing import Any, Literal
@@ -43,6 +43,13 @@ def wilson(p: float, n: int) -> tuple[float, float]:
     scale = 1 + Z * Z / n
     low, high = (middle - spread) / scale, (middle + spread) / scale
     return max(0.0, min(p, low)), min(1.0, max(p, high))  # rounding must not leave p outside
+
+
+def share(passed: Sequence[float]) -> dict[str, Any]:
+    """The mean of shares, one or more, with Wilson's interval, to four places, as JSON values."""
+    value = sum(passed) / len(passed)
+    low, high = wilson(value, len(passed))
+    return {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4), "n": len(passed)}
 
 
 def means(sums: Array, counts: Array) -> Array:
