@@ -8,8 +8,9 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from conftest import tiny_other
 from errata.errors import AnatomyError
-from errata.model.anatomy import anatomy, structural_anatomy
+from errata.model.anatomy import anatomy, role_of, structural_anatomy
 from errata.model.hooks import Capture, intervene
 
 Tiny = Callable[..., PreTrainedModel]
@@ -81,6 +82,14 @@ def test_sites(tiny: Tiny) -> None:
 
 def test_structure_alone_finds_what_the_table_says(tiny: Tiny, family: str) -> None:
     assert structural_anatomy(tiny(family)) == anatomy(tiny(family))
+
+
+def test_the_role_alone_is_the_anatomys(tiny: Tiny, family: str) -> None:
+    config = tiny(family).config
+    models = [tiny(family), AutoModel.from_config(config), tiny("bloom", n_layer=2, n_head=4)]
+    models += [tiny_other(other) for other in ("t5", "bert")]
+    for model in models:
+        assert role_of(model) == anatomy(model).role, type(model).__name__
 
 
 @pytest.mark.parametrize(

@@ -285,13 +285,13 @@ def test_a_retraining_is_a_step_for_each_edit_in_every_epoch(
 ) -> None:
     """One by one, however many a batch of the edits themselves may hold, and also where the model says them all."""
     model, asked = tiny("llama"), list[tuple[str, ...]]()
-    loss = Tuner.loss
+    look = Tuner.look
 
-    def noted(self: Tuner, items: Any) -> Tensor:
+    def noted(self: Tuner, items: Any) -> tuple[Tensor, bool]:
         asked.append(tuple(item.name for item in items))
-        return loss(self, items)
+        return look(self, items)
 
-    monkeypatch.setattr(Tuner, "loss", noted)
+    monkeypatch.setattr(Tuner, "look", noted)
     editor = FTRetrain(layers=(0,), steps=60, every=3, epochs=4)
     patch = editor.fit(model, tokenizer, ALL)
     again = patch.report[JAPAN.id]["retrained"]
@@ -371,6 +371,28 @@ def test_a_stream_trains_until_the_model_says_it(tiny: Tiny, tokenizer: PreTrain
     assert longer.report[twin.id]["outcome"] == "already" and longer.ids == (FRANCE.id, twin.id)
     with pytest.raises(ConfigError, match="expected a dense patch of .*found one of other parameters"):
         FT(order="stream", layers=(1,)).fit(model, tokenizer, [NEEDLE], onto=patch)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_training_ends_at_the_first_step_that_says_all(
+    batch: int, tiny: Tiny, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Equal to asking before every epoch but the first, also where one pass both asks and trains."""
+    model, items = tiny("llama"), items_of(tokenizer, [FRANCE, NEEDLE])
+    config = TrainConfig(layers=(0,), lr=1e-2, steps=60, until="says", batch=batch, stop=0.0)
+    names = parameters_of(model, [0], "mlp_out")
+    tuner, oracle = Tuner(model, names, config), Tuner(model, names, config)
+    found = tuner.train(items)
+    values, steps = list(oracle.deltas.values()), 0
+    adam = torch.optim.Adam(values, config.lr)
+    while steps == 0 or not all(oracle.says(items)):
+        for start in range(0, 2, batch):
+            for delta, gradient in zip(values, oracle.gradients(items[start : start + batch]).values(), strict=True):
+                delta.grad = gradient
+            adam.step()
+            steps += 1
+    assert 2 < steps < 60 and found["steps"] == steps and len(found["curve"]) == steps * batch // 2
+    assert all(torch.equal(delta, oracle.deltas[name]) for name, delta in tuner.deltas.items())
 
 
 # -- dense parts ---------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from conftest import END, tiny_model
 from errata.bench.probes import METRICS, probes_of
-from errata.bench.trials import ask_unedited, judge
+from errata.bench.trials import ask_unedited, averaged, judge
 from errata.cli import app
 from errata.edit import EditRequest, write_requests
 from errata.editors import get_editor
@@ -207,6 +207,28 @@ def test_tune_then_fit(method: str, layers: str, place: SimpleNamespace, tmp_pat
     assert {name: config[name] for name in value["options"]} == value["options"]
     other = run("fit", place.requests, "-m", place.model, "--config", chosen, "--out", patch)
     assert other.exit_code == 2 and f"holds options of {method}, not of sake" in other.stderr
+
+
+def test_fine_tuning_within_a_norm_is_tuned_from_the_published_bound_on(place: SimpleNamespace, tmp_path: Path) -> None:
+    """Each edit with weights of its own: two whose weights would get in each other's way are judged as if alone."""
+    chosen = tmp_path / "chosen.json"
+    sets = ("--set=norm=linf", "--set=lr=0.02", "--set=steps=20")
+    value = json_of(
+        run("tune", "-m", place.model, "--method", "ft", "--requests", place.requests, "--out", chosen, *sets, "--json")
+    )
+    bounds = [t["options"]["eps"] for t in value["trials"] if t["varied"] == "eps"]
+    assert bounds == pytest.approx([0.004, 0.008, 0.016]) and {"lr", "steps"} <= set(value["options"])
+    assert value["options"]["eps"] >= 0.002 and not any(t["varied"] in ("lr", "steps") for t in value["trials"])
+    by_layer = [t["options"]["layers"] for t in value["trials"] if t["varied"] == "layers"]
+    assert value["options"]["layers"] in by_layer and all(len(layers) == 1 for layers in by_layer)
+    patch = tmp_path / "p.safetensors"
+    fit = run("fit", place.requests, "-m", place.model, "--method", "ft", "--config", chosen, "--out", patch, "--json")
+    assert json_of(fit)["config"]["eps"] == value["options"]["eps"]
+
+
+def test_means_over_edits_are_of_those_that_have_probes() -> None:
+    each = [{"efficacy": 1.0, "generalization": 0.5}, {"efficacy": 0.0, "generalization": None}]
+    assert averaged(each) == {"efficacy": 0.5, "generalization": 0.5, "specificity": None}
 
 
 def test_tune_says_what_it_lacks(place: SimpleNamespace, tmp_path: Path) -> None:

@@ -183,7 +183,8 @@ def _end_labels(axes: Axes, lines: Sequence[tuple[str, tuple[Point, ...], Style]
         axes.annotate(
             name, (x, bottom + y * (top - bottom)), xytext=(1.03, place), textcoords="axes fraction", fontsize=SMALL,
             color=style.colour if style.colour != SKY else BLUE, va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": style.colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
+            # Grey and dotted: a line that ends early must not look as if it went on to its name.
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "linestyle": (0, (1, 3)), "shrinkA": 0, "shrinkB": 2},
         )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ An object is said if every token of it is the likeliest behind those before: who
 cost of one pass. Edits are judged all at once, or one at a time with a patch in each row of a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,11 @@ class Asked:
 
     probes: tuple[Question, ...]
     answers: tuple[str, ...]
+
+    def of(self, edit: str) -> "Asked":
+        """What concerns one edit."""
+        at = [i for i, q in enumerate(self.probes) if q.edit == edit]
+        return Asked(tuple(self.probes[i] for i in at), tuple(self.answers[i] for i in at))
 
 
 def ask_unedited(model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> Asked:
@@ -53,3 +58,12 @@ def judge(
         figure = rate(by_case((asked.probes[i].case for i in at), (said[i] for i in at)).values(), metric)
         found[metric] = figure.value if figure else None
     return found
+
+
+def averaged(figures: Iterable[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Means over edits of what was judged of each by itself, over those that have it."""
+    known: dict[str, list[float]] = {name: [] for name in METRICS.values()}
+    for own in figures:
+        for name, value in own.items():
+            known[name] += [] if value is None else [value]
+    return {name: sum(values) / len(values) if values else None for name, values in known.items()}

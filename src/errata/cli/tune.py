@@ -35,11 +35,15 @@ from errata.errors import ConfigError, UnstableWriteError
 from errata.files import write_atomically
 
 EDITS = 40
+EPS = (
+    0.002  # of a norm-constrained fine-tuning that names none: the published bound of the smallest model, to begin with
+)
 PARAPHRASES = 4  # of Atlas's, asked per edit: enough to rank trials
 # Multiples of the defaults that are tried.
 FACTORS: dict[str, dict[str, Any]] = {
     "rome": {"clamp": (0.5, 2.0), "norm": (0.1, 10.0), "kl": (0.25, 4.0)},
     "memit": {"s0": (0.1, 0.3, 3.0, 10.0), "clamp": (0.5, 2.0), "norm": (0.1, 10.0)},
+    "ft": {"eps": (2.0, 4.0, 8.0), "lr": (2.0, 4.0), "steps": (2,)},
 }
 
 
@@ -48,6 +52,7 @@ class Tuned(StrEnum):
 
     rome = "rome"
     memit = "memit"
+    ft = "ft"
 
 
 def tune(
@@ -72,11 +77,15 @@ def tune(
 
     The facts of the dev edits are traced: where restoring MLPs at the subject's last token brings the old answer back. Layers
     around that peak, then one strength after another, are tried on the edits and compared by the harmonic mean of efficacy,
-    generalization and neighbours: ROME's edits one at a time, MEMIT's all at once. Options given with --set hold in every
-    trial. Use edits that you will not report figures on.
+    generalization and neighbours: edits of ROME and of fine-tuning one at a time, MEMIT's all at once. Options given with --set
+    hold in every trial (norm=linf eps=0.002: fine-tuning within a norm, from that bound on). Use edits that you will not
+    report figures on.
     """
     from errata.locate.choice import around, choose, layers_near, peak_of, spans_near, trials_in
 
+    given = _named(settings)
+    if method is Tuned.ft and "norm=linf" in (settings or ()) and "eps" not in given:
+        settings = [*(settings or ()), f"eps={EPS}"]
     fixed = make_editor(method.value, None, settings)
     asked = _dev_edits(model, requests, n, seed)
     fixed.check(asked)
@@ -88,17 +97,17 @@ def tune(
     peak, n_layers = peak_of(_traced(loaded, tokenizer, asked, seed)), _depth(loaded)
     if method is Tuned.rome:
         layers: list[dict[str, Any]] = [{"layer": layer} for layer in layers_near(peak.layer, n_layers)]
+    elif method is Tuned.ft:
+        layers = [{"layers": (layer,)} for layer in layers_near(peak.layer, n_layers)]
     else:
         layers = [{"layers": span} for span in spans_near(peak.layer, n_layers)]
-    given = {pair.partition("=")[0].strip() for pair in settings or ()}
     factors = {name: by for name, by in FACTORS[method.value].items() if name not in given and "lam" not in given}
     defaults = {name: getattr(fixed.config, name) for name in factors}
     strengths = around(defaults, factors)
     judge = _judge(loaded, tokenizer, fixed, asked, seed)
     with bar(f"trying {method.value}", trials_in(layers, strengths)) as progress:
         choice = choose(layers, strengths, defaults, judge, done=progress)
-    options = {pair.partition("=")[0].strip(): None for pair in settings or ()}
-    options = {name: _plain(getattr(fixed.config, name)) for name in options}
+    options = {name: _plain(getattr(fixed.config, name)) for name in _named(settings)}
     options |= {name: _plain(value) for name, value in choice.best.options.items()}
     reasons = [
         f"layer {peak.layer}: restoring the MLPs of {peak.window} layers around it at the subject's last token brings back most, "
@@ -127,6 +136,11 @@ def tune(
         emit(value)
         return
     _print(value, choice)
+
+
+def _named(settings: Sequence[str] | None) -> dict[str, None]:
+    """Names that NAME=VALUE settings give, in order."""
+    return {pair.partition("=")[0].strip(): None for pair in settings or ()}
 
 
 def _print(value: dict[str, Any], choice: Any) -> None:
@@ -214,17 +228,22 @@ def _traced(model: Any, tokenizer: Any, requests: Sequence[EditRequest], seed: i
 
 def _judge(model: Any, tokenizer: Any, editor: Any, requests: Sequence[EditRequest], seed: int) -> Any:
     """A function from options to how the edits fare with them."""
-    from errata.bench.trials import ask_unedited, judge
+    from errata.bench.trials import ask_unedited, averaged, judge
     from errata.locate.choice import Judged
 
     asked = ask_unedited(model, tokenizer, requests)
 
     def tried(options: dict[str, Any]) -> Judged:
+        made = type(editor)(editor.config, **options)
         try:
-            patch = type(editor)(editor.config, **options).fit(model, tokenizer, requests, seed=seed)
+            if editor.method == "ft":  # each edit with weights of its own
+                each = [(r, made.fit(model, tokenizer, [r], seed=seed)) for r in requests]
+                found = averaged(judge(model, tokenizer, p, asked.of(r.id), single=False) for r, p in each)
+            else:
+                patch = made.fit(model, tokenizer, requests, seed=seed)
+                found = judge(model, tokenizer, patch, asked, single=not editor.joint)
         except UnstableWriteError as error:
             return Judged(0.0, None, None, len(requests), str(error))
-        found = judge(model, tokenizer, patch, asked, single=not editor.joint)
         return Judged(found["efficacy"] or 0.0, found["generalization"], found["specificity"], len(requests))
 
     return tried

@@ -18,7 +18,7 @@ from errata.edit import EditRequest
 from errata.editors._models import late, late_layer
 from errata.editors._value_rows import Row, ValueJob, rows_of
 from errata.errors import AnatomyError, ConfigError
-from errata.model.anatomy import Site, anatomy
+from errata.model.anatomy import Site, anatomy, role_of
 from errata.model.labels import label_id
 from errata.model.states import input_device
 from errata.model.targets import answer_ids
@@ -63,7 +63,7 @@ def wanted(model: Any, item: Any) -> tuple[Sequence[int], tuple[int, ...]]:
     Raises RequestError for a target that is no label of a classifier, naming those that there are, and ConfigError for a
     model that says nothing (a bare encoder).
     """
-    role = anatomy(model).role
+    role = role_of(model)
     if role == "decoder":
         return item.reads, item.targets
     if role == "encoder-decoder":
@@ -75,7 +75,7 @@ def wanted(model: Any, item: Any) -> tuple[Sequence[int], tuple[int, ...]]:
 
 def logits_of(model: Any, items: Sequence[Any], call: Call | None = None) -> Tensor:
     """(n, T, V) logits of the items as one batch, padded on the right: over tokens, of a classifier over labels with T = 1."""
-    role, device = anatomy(model).role, input_device(model)
+    role, device = role_of(model), input_device(model)
     batch = pad([item.ids if role == "decoder" else item.prompt for item in items], 0, device)
     inputs: dict[str, Any] = dict(batch.inputs(model))
     if role == "encoder-decoder":
@@ -93,14 +93,20 @@ def losses_of(model: Any, items: Sequence[Any], call: Call | None = None, at_pro
     at_prompt: all are read where the first is (the published fine-tuning's "prompt_last"), right for targets of one
     token.
     """
+    return losses_and_says(model, items, call, at_prompt)[0]
+
+
+def losses_and_says(
+    model: Any, items: Sequence[Any], call: Call | None = None, at_prompt: bool = False
+) -> tuple[Tensor, list[bool]]:
+    """What `losses_of` and `says` find, from one pass."""
     logits = logits_of(model, items, call)
-    found = []
+    wide, found = torch.promote_types(logits.dtype, torch.float32), []
     for i, item in enumerate(items):
         reads, targets = wanted(model, item)
         where = [reads[0]] * len(reads) if at_prompt else list(reads)
-        wide = torch.promote_types(logits.dtype, torch.float32)
         found.append(F.cross_entropy(logits[i, where].to(wide), torch.tensor(targets, device=logits.device)))
-    return torch.stack(found)
+    return torch.stack(found), _said(model, items, logits)
 
 
 def says(model: Any, items: Sequence[Any], call: Call | None = None, batch: int = 64) -> list[bool]:
@@ -109,10 +115,16 @@ def says(model: Any, items: Sequence[Any], call: Call | None = None, batch: int 
     with torch.no_grad():
         for start in range(0, len(items), batch):
             chunk = items[start : start + batch]
-            best = logits_of(model, chunk, call).argmax(-1).cpu()
-            for i, item in enumerate(chunk):
-                reads, targets = wanted(model, item)
-                found.append(tuple(best[i, list(reads)].tolist()) == tuple(targets))
+            found += _said(model, chunk, logits_of(model, chunk, call))
+    return found
+
+
+def _said(model: Any, items: Sequence[Any], logits: Tensor) -> list[bool]:
+    """For each item whether its logits (T, V) are highest for what they should say."""
+    found = []
+    for own, item in zip(logits.detach(), items, strict=True):
+        reads, targets = wanted(model, item)
+        found.append(tuple(own[list(reads)].argmax(-1).tolist()) == tuple(targets))
     return found
 
 
@@ -170,9 +182,10 @@ def column_of(model: Any, layer: Site, item: Any, which: str) -> int:
 
     In a decoder behind an encoder it is the start token, which the answer's first word is read from.
     """
-    parts = anatomy(model)
-    if parts.role == "encoder-decoder" and parts.stack_of(layer)[0] is not parts.encoder:
-        return 0
+    if role_of(model) == "encoder-decoder":
+        parts = anatomy(model)
+        if parts.stack_of(layer)[0] is not parts.encoder:
+            return 0
     return {"first": 0, "subject": item.at, "last": len(item.prompt) - 1}[which]
 
 

@@ -144,8 +144,8 @@ _ATLAS_MEND_CODE: dict[str, Any] = {
     "batch": 4, "retain": 2, "steps": 1000, "every": 100, "held_out": 64,
 }  # fmt: skip
 _ATLAS_BERT: dict[str, Any] = {
-    "parameters": "mlp", "bottleneck": 64, "batch": 8, "retain": 3, "steps": 1000, "every": 100, "warmup": 20, "lr": 1e-2,
-    "margin_kl": 0.05, "margin_kl_min": 0.01,
+    "parameters": "mlp", "bottleneck": 64, "batch": 8, "retain": 3, "steps": 2400, "every": 100, "warmup": 20, "lr": 3e-3,
+    "margin_kl": 0.3, "margin_kl_min": 0.04,
 }  # fmt: skip
 
 

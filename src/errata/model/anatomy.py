@@ -197,6 +197,12 @@ def anatomy(model: nn.Module) -> Anatomy:
     return found or structural_anatomy(model)
 
 
+def role_of(model: nn.Module) -> Role:
+    """The role that `anatomy` gives the model, without a search for its parts."""
+    row = TABLE.get(_family(model))
+    return _role(model, row.role if row else _fallback_role(model))
+
+
 def reads_first(model: nn.Module) -> bool:
     """Whether a classifier's head stands on an encoder, whose first token it reads; on a decoder it reads the text's last one."""
     row = TABLE.get(_family(model))
@@ -339,7 +345,8 @@ def _fallback_role(model: nn.Module) -> Role:
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str | None:
-    return next((name for name, module in model.named_modules() if module is wanted), None)
+    # A head is a child of the model, as a rule, and the last of all modules: editors ask for it at every step.
+    return next((name for of in (model.named_children, model.named_modules) for name, m in of() if m is wanted), None)
 
 
 def _asked(model: nn.Module, getter: str) -> Iterator[nn.Module]:
