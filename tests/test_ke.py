@@ -17,9 +17,9 @@ from errata.atlas.requests import counterfactual_requests
 from errata.atlas.training import training_items
 from errata.atlas.world import load_world
 from errata.edit import EditRequest
-from errata.editors._hypernetwork import Update, edited, logits_of, signals
+from errata.editors._hypernetwork import Signal, Update, edited, logits_of, signals
 from errata.editors._learned import read_artefact
-from errata.editors.ke import KELearner, KnowledgeEditor, condition
+from errata.editors.ke import KELearner, KnowledgeEditor, _no_larger, condition, gradient_norms
 from errata.errors import ConfigError
 from errata.model.anatomy import submodule
 from errata.model.targets import supervised
@@ -217,17 +217,25 @@ def test_the_loop_goes_on_until_the_object_is_said(
     def dense(patch: Any) -> dict[str, Tensor]:
         return {f"{p.layer}.{p.site}": p.U.double() @ p.V.double().mT for p in patch.low_rank}
 
-    for recompute in (True, False):
-        patch = KnowledgeEditor(editor.config, loop=3, loop_recompute=recompute).fit(model, tokenizer, [request])
+    def size(found: Any) -> float:
+        """Of the whole gradient, map by map as a matrix."""
+        return sum(float((own.delta[0].T @ own.x[0]).pow(2).sum()) for own in found) ** 0.5
+
+    for recompute, bound in ((True, True), (True, False), (False, True)):
+        options = {"loop": 3, "loop_recompute": recompute, "loop_bound": bound}
+        patch = KnowledgeEditor(editor.config, **options).fit(model, tokenizer, [request])
         assert patch.report[request.id]["rounds"] == 3 and not patch.report[request.id]["converged"]
         with torch.no_grad():
             conditions = network.read(tokenizer, [condition("Rome", "Tokyo", FRANCE.text)])
-            first = total = network.updates(conditions, signals(model, network.maps, asked)[0])
+            plain = signals(model, network.maps, asked)[0]
+            first = total = network.updates(conditions, plain)
             for _ in range(2):
                 again: list[Update] = first
                 if recompute:
                     with edited(model, network.maps, total):
-                        again = network.updates(conditions, signals(model, network.maps, asked)[0])
+                        found = signals(model, network.maps, asked)[0]
+                    less = min(1.0, size(plain) / size(found)) if bound else 1.0
+                    again = network.updates(conditions, [Signal(own.x, less * own.delta) for own in found])
                 total = [a + b for a, b in zip(total, again, strict=True)]
         for m, update in zip(network.maps, total, strict=True):
             wanted = update.U[0] @ update.V[0].mT
@@ -238,6 +246,24 @@ def test_the_loop_goes_on_until_the_object_is_said(
     monkeypatch.setattr("errata.editors._hypernetwork.Fitting.said", lambda *_: next(answers))
     third = KnowledgeEditor(editor.config).fit(model, tokenizer, [request])
     assert third.report[request.id]["rounds"] == 3 and third.report[request.id]["converged"]
+
+
+def test_a_later_rounds_gradient_counts_for_no_more_than_the_first() -> None:
+    """Norms are of gradients of weights, all maps together; what is smaller stays as it is."""
+    torch.manual_seed(0)
+    xs, deltas = [torch.randn(2, 5, d) for d in (3, 4)], [torch.randn(2, 5, d) for d in (6, 2)]
+    found = [Signal(x, delta) for x, delta in zip(xs, deltas, strict=True)]
+    whole = [
+        torch.cat([torch.einsum("to,ti->oi", d[n], x[n]).flatten() for x, d in zip(xs, deltas, strict=True)])
+        for n in (0, 1)
+    ]
+    norms = gradient_norms(found)
+    assert torch.allclose(norms, torch.stack([each.norm() for each in whole]), atol=1e-4)
+    one = [Signal(own.x[:1], own.delta[:1]) for own in found]
+    assert torch.allclose(gradient_norms(_no_larger(one, norms[0] / 4)), norms[:1] / 4, rtol=1e-5)
+    assert all(torch.equal(a.delta, b.delta) for a, b in zip(_no_larger(one, 2 * norms[0]), one, strict=True))
+    none = [Signal(own.x, 0 * own.delta) for own in one]
+    assert all(torch.equal(own.delta, torch.zeros_like(own.delta)) for own in _no_larger(none, norms[0]))
 
 
 @pytest.mark.parametrize("family", [*ANSWERERS, *CLASSIFIERS])

@@ -63,7 +63,8 @@ class KEConfig(HyperConfig):
     margin_when: m becomes max(factor m, least) at a validation whose success is above `when`; lp: mean over matrices of rms(dW),
     in whose units the published margins are, or "all" as one (the paper's formula). multiplier_lr: of the multipliers. smoothing:
     of labels (None: 0.1, 0 for a classifier); views: +P^x. optimizer; warmup: steps to the full lr, which then falls linearly to 0.
-    loop: rounds at most (1: none); loop_recompute, loop_stop: see above.
+    loop: rounds at most (1: none); loop_recompute, loop_stop: see above; loop_bound: a later round's gradient counts for no more
+    than the first one's, since it is largest near the verge, and the network has only seen gradients of the unedited model.
     """
 
     hidden: int | None = None
@@ -92,6 +93,7 @@ class KEConfig(HyperConfig):
     loop: int = ROUNDS
     loop_recompute: bool = True
     loop_stop: Literal["prompt", "rephrase"] = "prompt"
+    loop_bound: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +124,7 @@ class KEConfig(HyperConfig):
 
 _PAPER: dict[str, Any] = {
     "hidden": 128, "condition": 1024, "bottleneck": 128, "tokens": 32, "start": 0.0, "gate": "sum", "lr": 3e-4, "warmup": 1000,
-    "steps": 200_000, "every": 1000, "batch": 64, "retain": 1,
+    "steps": 200_000, "every": 1000, "batch": 64, "retain": 1, "loop_bound": False,
 }  # fmt: skip
 # Rows of the paper's table that are trainings of their own: without +P^x, and so with the L2 constraint.
 _PLAIN: dict[str, Any] = {"name": "ke-plain", "views": False}
@@ -155,7 +157,7 @@ class KnowledgeEditor(HyperEditor[KEConfig]):
     method = "ke"
     summary = "a network that reads the edit and gates its gradient, trained under a constraint (De Cao et al. 2021)"
     Config = KEConfig
-    fit_only = ("artefact", "loop", "loop_recompute", "loop_stop")
+    fit_only = ("artefact", "loop", "loop_recompute", "loop_stop", "loop_bound")
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": _PAPER,
         "ke-cf": {"name": "ke-cf"},
@@ -207,7 +209,8 @@ class KnowledgeEditor(HyperEditor[KEConfig]):
             condition(r.target_true or predicted[i], r.target_new, fitting.prompts[i]) for i, r in enumerate(requests)
         ]
         conditions = network.read(fitting.tokenizer, texts)
-        first = network.updates(conditions, signals(model, fitting.maps, fitting.asked())[0])
+        plain = signals(model, fitting.maps, fitting.asked())[0]
+        first, sizes = network.updates(conditions, plain), gradient_norms(plain)
         total = [[update.of([i]) for update in first] for i in range(len(requests))]
         rounds = [1] * len(requests)
         for i, request in enumerate(requests):
@@ -218,12 +221,24 @@ class KnowledgeEditor(HyperEditor[KEConfig]):
                 if self.config.loop_recompute:
                     with edited(model, fitting.maps, total[i]):
                         found = signals(model, fitting.maps, fitting.asked([i]))[0]
+                    found = _no_larger(found, sizes[i]) if self.config.loop_bound else found
                     again = network.updates(conditions[i : i + 1], found)
                 total[i] = [a + b for a, b in zip(total[i], again, strict=True)]
                 rounds[i] += 1
         return [Update.stacked([own[m] for own in total]) for m in range(len(fitting.maps))], [
             {"rounds": n} for n in rounds
         ]
+
+
+def gradient_norms(found: Sequence[Signal]) -> Tensor:
+    """(n,) Frobenius norm of each edit's gradient over all maps, nats a unit of weight."""
+    return torch.stack([(s.delta.mT @ s.x).square().sum((1, 2)) for s in found]).sum(0).sqrt()
+
+
+def _no_larger(found: Sequence[Signal], most: Tensor) -> list[Signal]:
+    """What maps say of one edit, its gradient scaled down to a norm of `most` where it is larger."""
+    less = (most / gradient_norms(found)[0].clamp(min=torch.finfo(most.dtype).tiny)).clamp(max=1)
+    return [Signal(signal.x, less * signal.delta) for signal in found]
 
 
 def condition(prediction: str, target: str, prompt: str) -> str:
