@@ -155,6 +155,7 @@ class FT(FineTuner[FTConfig]):
         "zhu-all": {**_KE, "layers": "all", "norm": "linf"},
         "zhu-first-l2": {**_KE, "layers": "first", "norm": "l2"},
         "zhu-all-l2": {**_KE, "layers": "all", "norm": "l2"},
+        "atlas": {"layers": (0,)},
         "grace": _GRACE,
         "atlas-grace": {**_GRACE, "lr": 1e-3},
         "atlas-llama-grace": {**_GRACE, "lr": 1e-3},
