@@ -224,6 +224,17 @@ def test_fine_tuning_within_a_norm_is_tuned_from_the_published_bound_on(place: S
     patch = tmp_path / "p.safetensors"
     fit = run("fit", place.requests, "-m", place.model, "--method", "ft", "--config", chosen, "--out", patch, "--json")
     assert json_of(fit)["config"]["eps"] == value["options"]["eps"]
+    from errata.cli.common import load
+
+    model, tok = load(str(place.model), None, None, None)
+    editor = get_editor("ft")(**{**value["options"], "layers": tuple(value["options"]["layers"])})
+    each = [
+        judge(model, tok, editor.fit(model, tok, [r], seed=0), ask_unedited(model, tok, [r]), single=False)
+        for r in REQUESTS
+    ]
+    means = averaged(each)
+    assert value["judged"]["efficacy"] == pytest.approx(means["efficacy"])
+    assert value["judged"]["generalization"] == pytest.approx(means["generalization"])
 
 
 def test_means_over_edits_are_of_those_that_have_probes() -> None:

@@ -172,16 +172,16 @@ class Tuner:
         values = list(self.deltas.values())
         adam = config.optimizer == "adam"
         stepping: Any = torch.optim.Adam(values, config.lr) if adam else torch.optim.RMSprop(values, config.lr)
-        whether = config.until == "says"
+        asks = config.until == "says"
         for _ in range(config.steps):
-            if whether and curve and len(items) > config.batch and all(self.says(items)):
+            if asks and curve and len(items) > config.batch and all(self.says(items)):
                 break
             total = 0.0
             for start in range(0, len(items), config.batch):
                 chunk = items[start : start + config.batch]
                 with torch.enable_grad():
                     loss, said = self.look(chunk)
-                    if whether and curve and said and len(chunk) == len(items):
+                    if asks and curve and said and len(chunk) == len(items):
                         return {"curve": curve, "steps": made}
                     whole = loss if penalty is None else loss + penalty(self.deltas)
                 total += float(loss.detach()) * len(chunk)

@@ -93,7 +93,7 @@ def losses_of(model: Any, items: Sequence[Any], call: Call | None = None, at_pro
     at_prompt: all are read where the first is (the published fine-tuning's "prompt_last"), right for targets of one
     token.
     """
-    return losses_and_says(model, items, call, at_prompt)[0]
+    return _losses(model, items, logits_of(model, items, call), at_prompt)
 
 
 def losses_and_says(
@@ -101,12 +101,7 @@ def losses_and_says(
 ) -> tuple[Tensor, list[bool]]:
     """What `losses_of` and `says` find, from one pass."""
     logits = logits_of(model, items, call)
-    wide, found = torch.promote_types(logits.dtype, torch.float32), []
-    for i, item in enumerate(items):
-        reads, targets = wanted(model, item)
-        where = [reads[0]] * len(reads) if at_prompt else list(reads)
-        found.append(F.cross_entropy(logits[i, where].to(wide), torch.tensor(targets, device=logits.device)))
-    return torch.stack(found), _said(model, items, logits)
+    return _losses(model, items, logits, at_prompt), _said(model, items, logits)
 
 
 def says(model: Any, items: Sequence[Any], call: Call | None = None, batch: int = 64) -> list[bool]:
@@ -117,6 +112,15 @@ def says(model: Any, items: Sequence[Any], call: Call | None = None, batch: int 
             chunk = items[start : start + batch]
             found += _said(model, chunk, logits_of(model, chunk, call))
     return found
+
+
+def _losses(model: Any, items: Sequence[Any], logits: Tensor, at_prompt: bool) -> Tensor:
+    wide, found = torch.promote_types(logits.dtype, torch.float32), []
+    for i, item in enumerate(items):
+        reads, targets = wanted(model, item)
+        where = [reads[0]] * len(reads) if at_prompt else list(reads)
+        found.append(F.cross_entropy(logits[i, where].to(wide), torch.tensor(targets, device=logits.device)))
+    return torch.stack(found)
 
 
 def _said(model: Any, items: Sequence[Any], logits: Tensor) -> list[bool]:
