@@ -1,6 +1,7 @@
 """Streaming editors on encoder-decoders and classifiers: what they write, that it comes off again, and that it is kept."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,18 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import errata
-from conftest import LABELS, hooks_of, tiny_other
+from conftest import LABELS, hooks_of, tiny_model, tiny_other
 from errata.atlas.docket import edit_stream, upstream
 from errata.bench.ask import Question, ask
 from errata.bench.cases import Probe
 from errata.bench.streams import NO_EDIT
 from errata.codebook import Place
 from errata.edit import EditRequest
-from errata.editors import get_editor
+from errata.editors import _adapter, get_editor
 from errata.editors._items import items_of, logits_of, losses_of, says
 from errata.editors.grace import GRACE
 from errata.errors import AnatomyError, ConfigError, RequestError
-from errata.model.anatomy import anatomy
+from errata.model.anatomy import anatomy, submodule
 from errata.model.generate import greedy
 from errata.model.hooks import Capture
 from errata.model.labels import label_logits, label_names, predicted_labels
@@ -155,6 +156,32 @@ def test_the_subject_asks_in_an_encoder(closing_tokenizer: PreTrainedTokenizerFa
     assert changed.nonzero()[:, 0].tolist() == [at] and torch.allclose(edited[path][0, at], part.value)
     curve = patch.report[subject.id]["curve"]
     assert min(curve) < curve[0]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("method", ["defer", "memory"])
+def test_training_runs_the_layers_below_once(
+    method: str, family: str, closing_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And comes to the very weights that whole passes come to."""
+    model = tiny_other(family) if family == "bert" else tiny_model(family)
+    editor: Any = get_editor(method)(**QUICK[method] | {"stop": 0.0, "skip": False, "layer": 1})
+    maps, calls = anatomy(model).mlp_out, [0, 0]
+
+    def count(i: int) -> None:
+        calls[i] += 1
+
+    kept = [submodule(model, path).register_forward_pre_hook(lambda *_, i=i: count(i)) for i, path in enumerate(maps)]
+    quick = editor.fit(model, closing_tokenizer, requests_for(family))
+    steps = sum(own["steps"] for own in quick.report.values())
+    assert calls == [3, steps + 3]  # below: before each training, and for both at once behind them
+    monkeypatch.setattr(_adapter._Run, "_above", lambda self: nullcontext())
+    whole = editor.fit(model, closing_tokenizer, requests_for(family))
+    for hook in kept:
+        hook.remove()
+    [one], [other] = quick.parts, whole.parts
+    assert all(torch.equal(t, other.weights[name]) for name, t in one.weights.items())
+    assert [own["curve"] for own in quick.report.values()] == [own["curve"] for own in whole.report.values()]
 
 
 def test_a_classifier_asks_at_the_token_that_its_head_reads(closing_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,7 +1,8 @@
 """What Defer and Memory share: a small model at one linear map's output, trained on a stream of requests (Hartvigsen et al. 2023)."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -16,6 +17,7 @@ from errata.editors._items import (
     Item,
     column_of,
     items_of,
+    logits_of,
     losses_of,
     place_of,
     says,
@@ -23,6 +25,7 @@ from errata.editors._items import (
 )
 from errata.editors._value_search import _without_gradients
 from errata.errors import AnatomyError, ConfigError
+from errata.locate.resume import resumed
 from errata.low_rank_table import base_layer, sizes
 from errata.model.anatomy import anatomy, submodule
 from errata.model.fingerprint import base_of
@@ -180,19 +183,37 @@ class _Run:
         optimiser = torch.optim.Adam(list(self.weights.values()), config.lr)
         self._running, self._training, self.inert = [item], True, False
         try:
-            for _ in range(config.steps):
-                with torch.enable_grad():
-                    loss = losses_of(self.model, [item])[0]
-                curve.append(round(float(loss.detach()), 4))
-                if curve[-1] < config.stop:
-                    break
-                gradients = torch.autograd.grad(loss, list(self.weights.values()))
-                for weight, gradient in zip(self.weights.values(), gradients, strict=True):
-                    weight.grad = gradient
-                optimiser.step()
+            with self._above():
+                for _ in range(config.steps):
+                    with torch.enable_grad():
+                        loss = losses_of(self.model, [item])[0]
+                    curve.append(round(float(loss.detach()), 4))
+                    if curve[-1] < config.stop:
+                        break
+                    gradients = torch.autograd.grad(loss, list(self.weights.values()))
+                    for weight, gradient in zip(self.weights.values(), gradients, strict=True):
+                        weight.grad = gradient
+                    optimiser.step()
         finally:
             self._training = False
         return {"curve": curve, "steps": len(curve), "stopped": curve[-1] < config.stop}
+
+    @contextmanager
+    def _above(self) -> Iterator[None]:
+        """Inside, a pass over what is running begins at the adapter's block: training changes nothing below."""
+        parts, layer = anatomy(self.model), self.place.layer
+        if parts.encoder is not None or not isinstance(layer, int) or layer == 0:
+            yield  # of two stacks the other one would run all the same
+            return
+        whole: list[Any] = []
+
+        def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            whole.append(output)
+
+        with torch.no_grad(), Hooks(self.model, forward=[(parts.blocks[layer - 1], keep)]):
+            logits_of(self.model, self._running)
+        with resumed(self.model, layer, first_tensor(whole[0]), whole[0]):
+            yield
 
 
 def _going_on(patch: Patch, form: str, place: Place, model: Any, tokenizer: Any) -> Routed | None:
