@@ -14,7 +14,7 @@ from conftest import tiny_model, tiny_other
 from errata.bench import alignment, makers
 from errata.bench.cases import Case, Probe
 from errata.bench.figures import Point, Series, curves, dots, matrix, radar, styles_of
-from errata.bench.methods import MODEL, STEAMS, resolved
+from errata.bench.methods import LIMITED, MODEL, STEAMS, resolved
 from errata.bench.preset import Context, Method, available_presets, get_preset, pick_methods, unfit
 from errata.bench.presets import (
     _claims,
@@ -207,6 +207,7 @@ def test_methods_take_what_was_chosen_for_the_model(atlas: Any) -> None:
     model, _ = atlas
     assert resolved(common.ROME, model, "atlas").preset == "atlas"
     assert resolved(common.SAKE, model, "atlas") == common.SAKE
+    assert resolved(Method("ft-l", "ft", "single", LIMITED), model, "atlas").preset == "atlas-l"
     steam = resolved(Method("s", "steam", preset=MODEL, changes={"depth": (0.5, 0.75), "lr": 9.0}), model, "atlas")
     assert steam.preset is None
     assert steam.changes["aligned"] == (4, 5)

@@ -156,6 +156,7 @@ class FT(FineTuner[FTConfig]):
         "zhu-first-l2": {**_KE, "layers": "first", "norm": "l2"},
         "zhu-all-l2": {**_KE, "layers": "all", "norm": "l2"},
         "atlas": {"layers": (0,)},
+        "atlas-l": {"layers": (0,), "norm": "linf", "eps": 4e-3},
         "grace": _GRACE,
         "atlas-grace": {**_GRACE, "lr": 1e-3},
         "atlas-llama-grace": {**_GRACE, "lr": 1e-3},
