@@ -23,7 +23,7 @@ from errata.prompts import contexts
 from errata.steering.parts import Steering
 
 WORDINGS = 3  # of a pair's prompts that are tried
-PAPER = {"span": "first", "half": False, "gate": MINILM}
+PAPER = {"prompts": 100, "span": "first", "half": False, "gate": MINILM}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ActAddConfig:
     """
 
     coefficient: float = 1.0
-    prompts: int = 100
+    prompts: int = 50
     span: Literal["all", "first"] = "all"
     layer: str | int = "final"
     token: int = -1

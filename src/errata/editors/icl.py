@@ -30,7 +30,7 @@ class ICLConfig:
     """
 
     gate: str = "auto"
-    prompts: int = 100
+    prompts: int = 50
     radius: float | None = None
 
     def __post_init__(self) -> None:

@@ -61,7 +61,7 @@ class IKEConfig:
     frame: str = "New Fact: {}\nPrompt: "
     reserve: int | None = None
     gate: str = "auto"
-    prompts: int = 100
+    prompts: int = 50
     radius: float | None = None
 
     def __post_init__(self) -> None:

@@ -13,8 +13,8 @@ Differs from the paper by default (`variant="paper"` and `variant="code"` restor
 - the gate reads the model's own activations, calibrated (the paper: a sentence encoder with fixed thresholds);
 - regularisation is relative to the source's variance (the paper: absolute), each target context is checked to really
   produce the new object, and where none does the target states are lifted until they do;
-- the shift between the means is lengthened by `strength`, 24 of the prompts get contexts (the paper: all), and maps are
-  truncated and stored in half precision; the report states the error.
+- the shift between the means is lengthened by `strength`, there are 50 prompts, of which 12 get contexts (the paper: 100, all),
+  and maps are truncated and stored in half precision; the report states the error.
 """
 
 from collections.abc import Sequence
@@ -43,6 +43,7 @@ from errata.steering.parts import Steering
 
 MINILM = "encoder:sentence-transformers/paraphrase-MiniLM-L6-v2"
 PAPER = {
+    "prompts": 100,
     "context_prompts": 100,
     "strength": 1.0,
     "lift": False,
@@ -82,8 +83,8 @@ class SAKEConfig:
     in the tokenizer's chat template.
     """
 
-    prompts: int = 100
-    context_prompts: int = 24
+    prompts: int = 50
+    context_prompts: int = 12
     implication_prompts: int = 10
     span: Literal["all", "first"] = "all"
     layer: str | int = "final"

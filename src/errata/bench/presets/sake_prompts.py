@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 N, PUBLISHED_N = 40, 150
 COUNTS = (2, 5, 10, 25, 50, 100)
 METHODS = {
-    n: Method(f"sake-{n}", "sake", changes={"prompts": n, "context_prompts": min(n, 24), "implications": "none"})
+    n: Method(f"sake-{n}", "sake", changes={"prompts": n, "context_prompts": min(n, 12), "implications": "none"})
     for n in COUNTS
 }
 
