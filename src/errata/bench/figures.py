@@ -239,10 +239,11 @@ def dots(rows: Mapping[str, Mapping[str, tuple[float, float, float]]], metrics: 
             colour, style = styles[name].colour, styles[name]
             axes.plot([low, high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
             axes.plot(
-                value, y, marker=style.marker, color=colour, markerfacecolor=style.face, markersize=5.5, linestyle=""
-            )
+                value, y, marker=style.marker, color=colour, markerfacecolor=style.face, markersize=5.5, linestyle="",
+                clip_on=False,
+            )  # fmt: skip
         axes.set_title(metric, fontsize=SMALL, loc="left")
-        axes.set_xlim(-0.03, 1.03)
+        axes.set_xlim(-0.05, 1.05)
         axes.set_xticks([0, 0.5, 1.0])
         axes.xaxis.set_major_formatter(_PERCENT)
         _plain(axes)

@@ -99,6 +99,7 @@ class MEND(HyperEditor[MENDConfig]):
         "mend-cf": {"name": "mend-cf"},
         "atlas": _ATLAS,
         "atlas-cf": {**_ATLAS, "name": "mend-cf"},
+        "atlas-docket": {**_ATLAS, "ending": "", "edit": 1.0, "lr": 1e-3, "steps": 2000},
     }
 
     def maps(self, model: Any, config: MENDConfig) -> list[LinearMap]:
