@@ -43,7 +43,7 @@ class Defer(AdapterEditor[DeferConfig]):
         "published": {"replace": "all", "stop": 0.0, "skip": False},
         "gpt-j-6b": {"replace": "all", "stop": 0.0, "skip": False, "layer": 25, "lr": 7e-5},
         "llama-2-7b": {"replace": "all", "stop": 0.0, "skip": False, "layer": 27, "lr": 7e-5},
-        "atlas": {"lr": 1e-3},
+        "atlas": {"lr": 1e-4},
         "atlas-llama": {"lr": 1e-3},
         "atlas-docket": {"layer": 1, "lr": 1e-2},
     }

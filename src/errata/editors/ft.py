@@ -158,7 +158,7 @@ class FT(FineTuner[FTConfig]):
         "atlas": {"layers": (0,)},
         "atlas-l": {"layers": (0,), "norm": "linf", "eps": 4e-3},
         "grace": _GRACE,
-        "atlas-grace": {**_GRACE, "lr": 1e-3},
+        "atlas-grace": {**_GRACE, "lr": 3e-4},
         "atlas-llama-grace": {**_GRACE, "lr": 1e-3},
         "atlas-docket-grace": {**_GRACE, "lr": 1e-3},
     }

@@ -45,7 +45,9 @@ class FTEWC(FineTuner[FTEWCConfig]):
     summary = "streaming fine-tuning tied to what earlier edits need (EWC, Kirkpatrick et al. 2017)"
     Config = FTEWCConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        name: {"lr": 1e-3} for name in ("atlas", "atlas-llama", "atlas-docket")
+        "atlas": {"lr": 3e-4},
+        "atlas-llama": {"lr": 1e-3},
+        "atlas-docket": {"lr": 1e-3},
     }
 
     def edit(self, tuner: Tuner, item: Item, past: Sequence[Item], number: int) -> dict[str, Any]:
