@@ -102,7 +102,7 @@ def test_help_and_version() -> None:
 
 def test_methods() -> None:
     [sake] = [m for m in json_of(run("methods", "--json"))["methods"] if m["method"] == "sake"]
-    assert sake["summary"] and "paper-gpt2-xl-counterfact" in sake["presets"] and sake["options"]["prompts"] == 100
+    assert sake["summary"] and "paper-gpt2-xl-counterfact" in sake["presets"] and sake["options"]["prompts"] == 50
     assert "sake" in run("methods").stdout
 
 

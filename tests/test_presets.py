@@ -651,6 +651,8 @@ def test_styles_differ_and_variants_keep_their_methods_colour() -> None:
     assert len(set(styles.values())) == 7
     assert styles["sake"].colour == styles["sake-paper"].colour and styles["sake-paper"].hollow
     assert styles["rome"].colour == styles["rome-published"].colour != styles["sake"].colour
+    streamed = [method.label for method in get_preset("grace-zsre").methods]
+    assert len(set(styles_of(["unedited", *streamed]).values())) == len(streamed) + 1
 
 
 def test_figures_draw_gaps_and_refuse_nothing_to_draw() -> None:

@@ -109,7 +109,7 @@ def test_on_the_docket_the_named_command_is_one_that_works(folder: Path) -> None
         "mend",
     ]
     words = shlex.split(refused(run(*fit)).split("`")[1])
-    assert words == ["errata", "train", "mend", "--model", "atlas-docket"]
+    assert words == ["errata", "train", "mend", "--model", "atlas-docket", "--preset", "atlas-docket"]
     made = json_of(run(*words[1:], "--steps", "2", "--json", *SMALL))
     assert (made["data"], made["items"], made["steps"]) == ("atlas-docket", 1800, 2)
     assert run(*fit).exit_code == 0

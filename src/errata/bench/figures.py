@@ -55,9 +55,12 @@ STYLES: Mapping[str, Style] = {
     "icl": Style(GREY, "*", DASHDOT),
     "unedited": Style(GREY, "|", DOTTED),
 }
-SPARE = tuple(Style(colour, marker, LINES[i % 5]) for i, (colour, marker) in enumerate(
-    zip((BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK), "osD^vPX", strict=True)
-))  # fmt: skip
+# A second round of the colours has other markers and lines.
+SPARE = tuple(
+    Style(colour, "osD^vPX"[(i + shift) % 7], LINES[(i + shift) % 5])
+    for shift in (0, 3)
+    for i, colour in enumerate((BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK))
+)
 SMALL = 8
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f}")
 
