@@ -158,11 +158,12 @@ def test_jsonl_out_and_in(tmp_path: Path) -> None:
     requests = [
         EditRequest(**NEEDLE, fit_prompts=["Where is it? In"], fit_implications=["It lies by"], since="2016"),
         EditRequest(prompt="Zürich liegt in der", target_new="Schweiz 🇨🇭"),
+        EditRequest(prompt="A\u2028line\u2029or\x85none is", target_new="a\u2028b"),  # JSON leaves them as they are
         EditRequest.from_counterfact(RECORD),
     ]
     path = tmp_path / "requests.jsonl"
     write_requests(path, requests)
-    assert len(path.read_text(encoding="utf-8").splitlines()) == 3
+    assert len(path.read_text(encoding="utf-8").split("\n")) == 5  # and an empty one behind the last
     assert read_requests(path) == requests
     assert [r.id for r in read_requests(path)] == [r.id for r in requests]
 

@@ -50,6 +50,22 @@ def test_parameters_are_chosen_by_path(tiny: Tiny) -> None:
         parameters_of(model, [0], "mlp_gate")
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
+def test_parameters_of_a_model_that_has_adapters(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A wrapped map's own weight is trained, and detaching brings every bit back."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny("gpt2"), peft.LoraConfig(target_modules=["c_proj"], fan_in_fan_out=True)).eval()
+    [name] = [n for n in parameters_of(model, [1], "mlp_out") if n.endswith("weight")]
+    assert name.endswith("h.1.mlp.c_proj.base_layer.weight")
+    ids = torch.tensor([tokenizer(FRANCE.text)["input_ids"]])
+    with torch.no_grad():
+        plain = model(ids).logits
+        patch = FT(layers=(1,), steps=3, lr=1e-2).fit(model, tokenizer, [FRANCE])
+        with patch.attach(model, tokenizer):
+            assert not torch.equal(model(ids).logits, plain)
+        assert torch.equal(model(ids).logits, plain)
+
+
 def test_published_fine_tuning_has_its_models_names() -> None:
     """Layer, parameters and bound by model, as Meng et al. had them; the whole block (FT-W) was tuned on GPT-J alone."""
     made = {name: FT.preset(name).config for name in FT.presets if name.startswith(("gpt", "llama"))}

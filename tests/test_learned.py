@@ -168,12 +168,15 @@ def test_batches_are_epochs() -> None:
 
 def test_items_as_lines(tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
-    item = replace(ITEMS[0], locality=(("Elsewhere", "Goa"), ("Nowhere", None)))
+    item = replace(ITEMS[0], locality=(("Else\u2028where", "Goa"), ("Nowhere", None)))
     write_items(path, [item, ITEMS[1]])
     assert read_items(path) == [item, ITEMS[1]]
     for wrong in (
         '{"prompt": "a"}',
         '{"prompt": "a", "target_new": "b", "locality": ["c"]}',
+        '{"prompt": "a", "target_new": "b", "locality": ["cd"]}',
+        '{"prompt": "a", "target_new": "b", "locality": [["c", 1]]}',
+        '{"prompt": "a", "target_new": "b", "rephrases": "cd"}',
         "[]",
         "{",
         '{"prompt": " ", "target_new": "b"}',

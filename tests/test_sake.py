@@ -187,6 +187,8 @@ def test_the_old_object_is_the_models_own_answer(model: PreTrainedModel, tokeniz
     assert set(patch.report) == {p.edit for p in patch.parts} == set(patch.ids)
     [report] = patch.report.values()
     assert report["target_true"] == answers[prompt] and report["prompts_from"] == "lead-ins over the bare prompt"
+    with pytest.raises(RequestError, match="request 2 .* is one before it"):
+        SAKE(**QUICK).fit(model, tokenizer, [patch.requests[0], request])
 
 
 @pytest.mark.parametrize(("answer", "reason"), [("goa", "answers 'goa' already"), ("", "says nothing")])

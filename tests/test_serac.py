@@ -238,6 +238,8 @@ def test_published_training_keeps_other_facts_where_items_name_none(
         last = len(items) - 2
         drawn = {text for seed in range(40) for text in learner._kept(last, random.Random(seed))}
         assert drawn == {item.prompt for item in items[2:-1]}  # neither its own nor, in other words, its fact's
+        held = learner.index[items[0].prompt]
+        assert all(held not in near for near in learner.near[:-1]) and learner.near[-1]  # no negative is held out
         row = learner._row(items[1].prompt, items[1].target_new, items[1].prompt)
         loss = learner._mixed([0], [items[1].prompt], [row], [[items[2].prompt]])
         loss.backward()

@@ -239,6 +239,18 @@ def test_of_two_that_contradict_each_other_the_later_holds(
         assert predicted_labels(model, closing_tokenizer, TEXTS[:1]) == [two.target_new]
 
 
+@pytest.mark.parametrize("method", list(QUICK))
+def test_an_edit_that_is_there_is_not_fitted_again(method: str, closing_tokenizer: PreTrainedTokenizerFast) -> None:
+    """And a patch that goes on has the configuration that it went on with."""
+    model, [one, two] = tiny_other("bert"), requests_for("bert")
+    editor: Any = get_editor(method)(**QUICK[method] | ({"order": "stream"} if method == "ft" else {}))
+    first = editor.fit(model, closing_tokenizer, [one])
+    with pytest.raises(RequestError, match=f"holds the edit {one.id} already"):
+        editor.fit(model, closing_tokenizer, [two, one], onto=first)
+    longer = type(editor)(editor.config, steps=editor.config.steps + 1)
+    assert longer.fit(model, closing_tokenizer, [two], onto=first).config["steps"] == editor.config.steps + 1
+
+
 def test_a_stream_of_the_docket(tmp_path: Path) -> None:
     """On the shipped classifier: what it errs on is edited, holds, and leaves the early years alone."""
     model, tokenizer = errata.load("atlas-docket")

@@ -199,7 +199,7 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         except json.JSONDecodeError as error:
             raise RequestError(f"{path} is not valid JSON: {error}") from None
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield number, json.loads(line)

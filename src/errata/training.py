@@ -35,10 +35,17 @@ class TrainingItem:
         """The item of a JSON object. Raises RecordError for one that is none."""
         try:
             texts = {name: row[name] for name in ("prompt", "target_new")} | {"target_true": row.get("target_true")}
-            rephrases = tuple(row.get("rephrases") or ())
-            locality = tuple((prompt, answer) for prompt, answer in row.get("locality") or ())
-            if not all(isinstance(t, str) for t in (texts["prompt"], texts["target_new"], *rephrases)):
+            rephrases, locality = row.get("rephrases") or [], row.get("locality") or []
+            if not all(isinstance(own, list | tuple) for own in (rephrases, locality, *locality)):
+                raise TypeError("rephrases and locality are lists, and so are locality's pairs")
+            rephrases, locality = tuple(rephrases), tuple((prompt, answer) for prompt, answer in locality)
+            if not all(
+                isinstance(t, str)
+                for t in (texts["prompt"], texts["target_new"], *rephrases, *(p for p, _ in locality))
+            ):
                 raise TypeError("texts are strings")
+            if not all(isinstance(answer, str | None) for answer in (texts["target_true"], *(a for _, a in locality))):
+                raise TypeError("answers are strings or null")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RecordError(
                 "expected an object with prompt, target_new, and perhaps target_true, rephrases [text, ...] and locality "
@@ -51,7 +58,7 @@ def read_items(path: str | Path) -> list[TrainingItem]:
     """Items from JSONL, one a line. Raises RecordError naming the file and the line."""
     found = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RecordError(f"cannot read the training items in {path}: {reason}") from None

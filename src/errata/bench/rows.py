@@ -174,7 +174,7 @@ def read_cases(run: str | Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     try:
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         return {entry["id"]: entry for entry in found}
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise RecordError(f"expected one case a line in {path}, but {error!r}; run the benchmark again") from None

@@ -20,6 +20,7 @@ from errata.editors._items import (
     logits_of,
     losses_of,
     place_of,
+    refuse_known,
     says,
     with_contradictions,
 )
@@ -112,6 +113,7 @@ class AdapterEditor(Editor[C]):
         if size is None:
             raise AnatomyError(f"expected a linear map at {place.path(parts)!r}, found none.")
         before = onto or Patch(self.method, asdict(self.config), (), base_of(model, tokenizer), ())
+        refuse_known(before, requests)
         known = _going_on(before, self.form, place, model, tokenizer)
         weights = known.weights if known else self.blank(size[1], size[0], torch.Generator().manual_seed(seed))
         items = items_of(tokenizer, requests, self.config.ending)
@@ -131,7 +133,7 @@ class AdapterEditor(Editor[C]):
         found = {name: t.detach().cpu().clone() for name, t in run.weights.items()}
         trained = () if run.inert else (self.part(tuple(r.id for r in everything), found, place),)
         report = with_contradictions(before.report | report, everything)
-        return replace(before, requests=everything, parts=trained, report=report)
+        return replace(before, config=asdict(self.config), requests=everything, parts=trained, report=report)
 
 
 class _Run:

@@ -91,7 +91,9 @@ def parameters_of(model: nn.Module, layers: Iterable[Site], which: str) -> list[
             }
         else:
             path = map_path(parts, layer, which)
-            own = base_layer(submodule(model, path))
+            whole = submodule(model, path)
+            own = base_layer(whole)
+            path = path if own is whole else f"{path}.base_layer"
             names |= {f"{path}.{name}": None for name, _ in own.named_parameters(recurse=False)}
     if not names:
         raise AnatomyError(f"expected parameters at {which!r} in the layers {list(layers)}, found none.")

@@ -17,7 +17,7 @@ from errata.codebook import Place, Replace, mlp_of
 from errata.edit import EditRequest
 from errata.editors._models import late, late_layer
 from errata.editors._value_rows import Row, ValueJob, rows_of
-from errata.errors import AnatomyError, ConfigError
+from errata.errors import AnatomyError, ConfigError, RequestError
 from errata.model.anatomy import Site, anatomy, role_of
 from errata.model.labels import label_id
 from errata.model.states import input_device
@@ -191,6 +191,14 @@ def column_of(model: Any, layer: Site, item: Any, which: str) -> int:
         if parts.stack_of(layer)[0] is not parts.encoder:
             return 0
     return {"first": 0, "subject": item.at, "last": len(item.prompt) - 1}[which]
+
+
+def refuse_known(before: Patch, requests: Sequence[EditRequest]) -> None:
+    """Raise RequestError for a request that the patch to go on from holds already."""
+    if twice := set(before.ids) & {request.id for request in requests}:
+        raise RequestError(
+            f"the patch to go on from holds the edit {sorted(twice)[0]} already; leave it out, or remove it there"
+        )
 
 
 def with_contradictions(

@@ -4,7 +4,7 @@ For each edit there is a prompt after which the unedited model is about to say t
 is about to say the new one, p_new; where the gate says that the edit is meant, h' = h + c (h(p_new) - h(p_old)). Site, gate
 and scope are SAKE's, so that the two differ in the direction alone. Emits one steering part for each edit.
 
-Differs from the paper by default (the preset "paper" restores its first token and its gate): an object of several tokens has a
+Differs from the paper by default (the presets restore its first token and its gate): an object of several tokens has a
 pair for each, behind p_old + o*[:t] and p_new + o*[:t], and the gate reads the model's own activations, calibrated.
 """
 

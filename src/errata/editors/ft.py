@@ -23,7 +23,7 @@ from errata.dense import Dense
 from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
 from errata.editors._finetune import TrainConfig, Tuner, layers_of, parameters_of
-from errata.editors._items import ALREADY, Item, items_of, with_contradictions
+from errata.editors._items import ALREADY, Item, items_of, refuse_known, with_contradictions
 from errata.editors._models import rome_layer
 from errata.editors._value_search import _without_gradients
 from errata.errors import ConfigError
@@ -87,6 +87,7 @@ class FineTuner(Editor[C]):
         layers = layers_of(model, self.config.layers, rome_layer(model))
         names = parameters_of(model, layers, self.config.parameters)
         before = onto or Patch(self.method, asdict(self.config), (), base_of(model, tokenizer, names), ())
+        refuse_known(before, requests)
         start = _start(before, names, model, tokenizer)
         past, made = Past(), 0
         seen = items_of(tokenizer, before.requests, self.config.ending)

@@ -38,6 +38,7 @@ from errata.editors._items import (
     logits_of,
     losses_of,
     place_of,
+    refuse_known,
     says,
     wanted,
     with_contradictions,
@@ -175,6 +176,7 @@ class GRACE(Editor[GRACEConfig]):
         parts, rules, config = anatomy(model), self.config.rules(model.dtype), self.config
         place, key = place_of(model, config.layer, config.site, config.replace, config.key)
         before = onto or Patch(self.method, asdict(self.config), (), base_of(model, tokenizer), ())
+        refuse_known(before, requests)
         _check_onto(before, place, rules, model, tokenizer)
         items = items_of(tokenizer, requests, self.config.ending)
         report: dict[str, dict[str, Any]] = {}
@@ -197,7 +199,9 @@ class GRACE(Editor[GRACEConfig]):
             report[request.id] |= {"layer": place.layer, "converged": right}
         everything = before.requests + tuple(requests)
         report = with_contradictions(before.report | report, everything)
-        return replace(before, requests=everything, parts=tuple(stream.parts), report=report)
+        return replace(
+            before, config=asdict(self.config), requests=everything, parts=tuple(stream.parts), report=report
+        )
 
 
 def _check_onto(patch: Patch, place: Place, rules: Rules, model: Any, tokenizer: Any) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from errata.edit import EditRequest, Implication
 from errata.editor import Editor, Progress, quiet
 from errata.editors._scope import Scope, gate_named
-from errata.errors import ConfigError
+from errata.errors import ConfigError, RequestError
 from errata.maths.transport import LinearMap, gaussian_distance, gaussian_transport, mean_shift
 from errata.model.anatomy import anatomy
 from errata.model.fingerprint import base_of
@@ -192,6 +192,10 @@ def fit_each(
         gate = gate_named(config.gate, model, tokenizer, config.layer)
         for number, request in enumerate(requests, 1):
             request = with_old_object(model, tokenizer, request, wrapper(tokenizer, config.chat))
+            if request.id in report:
+                raise RequestError(
+                    f"request {number} ({request.text!r}) is one before it, which names its old object; remove one"
+                )
             fit = kind(config, model, tokenizer, gate, request, seed)
             parts += [fit.edit(), *fit.implications()]
             report[request.id] = fit.report

@@ -282,7 +282,9 @@ class SERACLearner(Learner):
         texts = [text for own, item in zip(self.wordings, self.items, strict=True) for text in (*own, *_stays(item))]
         self.index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         states = _features(model, tokenizer, list(self.index), config)
-        mean, basis = _whitened(states, config.width * DIRECTIONS)
+        trained = [*zip(self.wordings, self.items, strict=True)][: self.n]
+        known = {self.index[text] for own, item in trained for text in (*own, *_stays(item))}
+        mean, basis = _whitened(states[sorted(known)], config.width * DIRECTIONS)
         self.states = (states - mean) @ basis
         self.fact = self._facts()
         self.module: Pair = Pair(mean, basis, config, _begun(model, config).to(input_device(model)))
@@ -433,12 +435,18 @@ class SERACLearner(Learner):
         return [find(i) for i in range(len(self.items))]
 
     def _neighbours(self) -> list[list[int]]:
-        """For each item the texts that are nearest to its prompt among other facts' prompts: hard negatives."""
+        """For each item the texts that are nearest to its prompt among other facts' prompts: hard negatives.
+
+        Those of items that are trained on are of such items as well.
+        """
         prompts = torch.tensor([self.index[item.prompt] for item in self.items])
         points = self.states[prompts] @ self.module.weight.detach()
         facts, found = torch.tensor(self.fact), []
         for i in range(len(self.items)):
-            far = (points - points[i]).square().sum(-1).masked_fill(facts == facts[i], torch.inf)
+            away = facts == facts[i]
+            if i < self.n:
+                away = away | (torch.arange(len(facts)) >= self.n)
+            far = (points - points[i]).square().sum(-1).masked_fill(away, torch.inf)
             nearest = far.topk(min(4 * max(1, self.config.negatives), len(far)), largest=False)
             near = prompts[nearest.indices[nearest.values.isfinite()]]
             found.append(list(dict.fromkeys(near.tolist())))

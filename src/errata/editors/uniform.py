@@ -1,6 +1,7 @@
-"""Uniform steering: SAKE with the shift between the means alone, h' = h + (m_t - m_s) (Scialanga et al. 2025, 4.4.2).
+"""Uniform steering: SAKE with the shift between the means alone, h' = h + c (m_t - m_s) (Scialanga et al. 2025, 4.4.2).
 
-What SAKE's transport adds is read off the difference: texts, states, scope and steps are SAKE's, and so are the presets.
+What SAKE's transport adds is read off the difference: texts, states, scope and steps are SAKE's, and so are the presets and c,
+its `strength` (the paper's, and the presets': 1).
 """
 
 from dataclasses import dataclass
