@@ -302,7 +302,10 @@ def attributions(model: Any, ask: Ask, config: KNConfig) -> Tensor:
         with torch.enable_grad(), _in_place(model, neurons, of, chunk, leaf, run.column):
             logits = run.logits(len(chunk))
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            (slope,) = torch.autograd.grad(wide.softmax(-1)[:, ask.wanted].sum(), [leaf])
+            logp = wide.log_softmax(-1)[:, ask.wanted]
+            (slope,) = torch.autograd.grad(logp.sum(), [leaf])
+        # dP = P d log P: where P is tiny its own gradient would be lost in half precision.
+        slope = slope * logp.detach().exp()[:, None].to(slope)
         total.index_add_(0, chunk, slope * activation[chunk] / n)
     return total
 
