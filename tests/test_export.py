@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from conftest import hooks_of, steering_part, tiny_model
+from conftest import OLD_NAME, hooks_of, steering_part, tiny_model
 from errata.cli import app
 from errata.edit import EditRequest
 from errata.errors import ConfigError, ShapeError, UnsupportedPatchError
@@ -28,8 +28,6 @@ from errata.scope.gate import Gate
 
 SUBJECTS = ("France", "Japan", "Brazil")
 TEXT = "The capital of France is"
-# PEFT asks the model under a name that newer transformers have renamed
-OLD_NAME = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
 def request(subject: str) -> EditRequest:

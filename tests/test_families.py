@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from conftest import hooks_of, tiny_model
+from conftest import OLD_NAME, hooks_of, tiny_model
 from errata.edit import EditRequest
 from errata.editor import Editor
 from errata.editors.memit import MEMIT
@@ -22,8 +22,6 @@ REQUESTS = [  # subjects that end their prompts and objects of one token: what a
     EditRequest(subject=subject, prompt="Go and see {}", target_new=new)
     for subject, new in (("France", "Paris"), ("Mount Everest", "the"))
 ]
-# PEFT asks the model under a name that newer transformers have renamed
-OLD_NAME = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
 def logits(model: Any, tokenizer: PreTrainedTokenizerFast) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from conftest import hooks_of, tiny_other
+from conftest import OLD_NAME, hooks_of, tiny_other
 from errata.dense import Dense
 from errata.dense_table import DENSE
 from errata.edit import EditRequest
@@ -50,7 +50,7 @@ def test_parameters_are_chosen_by_path(tiny: Tiny) -> None:
         parameters_of(model, [0], "mlp_gate")
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
+@OLD_NAME
 def test_parameters_of_a_model_that_has_adapters(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
     """A wrapped map's own weight is trained, and detaching brings every bit back."""
     peft = pytest.importorskip("peft")
