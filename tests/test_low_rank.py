@@ -29,6 +29,7 @@ from errata.low_rank_table import sizes
 from errata.merge import merge
 from errata.model.anatomy import anatomy
 from errata.model.attached import unmerged
+from errata.model.cache import cache_in, with_cache
 from errata.model.fingerprint import base_of
 from errata.model.hooks import Capture
 from errata.model.tokens import pad
@@ -227,7 +228,7 @@ def test_gates_look_again(llama: PreTrainedModel, tokenizer: PreTrainedTokenizer
     def cached() -> Tensor:
         with torch.no_grad():
             first = llama(said_so_far[:, :-1], use_cache=True)
-            return llama(said_so_far[:, -1:], past_key_values=first.past_key_values).logits[0, -1]
+            return llama(said_so_far[:, -1:], **with_cache(llama, cache_in(first))).logits[0, -1]
 
     with steering.attach(llama, tokenizer) as handle:
         assert handle.decide([TEXTS[0]])[0].edit == "x" and int(cached().argmax()) == 70

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 from conftest import hooks_of, prefix_points, steering_part, tiny_model
 from errata.errors import EditError
 from errata.model.anatomy import anatomy
+from errata.model.cache import cache_in, with_cache
 from errata.model.fingerprint import base_of
 from errata.model.hooks import intervene
 from errata.model.states import states_at
@@ -289,7 +290,8 @@ def test_generate_left_padded(case: Case, handle: Handle) -> None:
 
 
 def test_generate_from_a_given_cache(case: Case, handle: Handle) -> None:
-    assert generate(case.model, case.rows, past_key_values=DynamicCache(config=case.model.config)) == case.said
+    empty = DynamicCache(config=case.model.config)
+    assert generate(case.model, case.rows, **with_cache(case.model, empty)) == case.said
 
 
 def test_generate_with_drafted_tokens(case: Case, handle: Handle) -> None:
@@ -326,11 +328,11 @@ def test_manual_cached_loop(case: Case, handle: Handle) -> None:
         pieces = [row[: len(row) // 2], row[len(row) // 2 :]]
         for piece in pieces:
             with torch.no_grad():
-                logits = case.model(torch.tensor([piece]), past_key_values=cache, use_cache=True).logits[0, -1]
+                logits = case.model(torch.tensor([piece]), **with_cache(case.model, cache)).logits[0, -1]
         for _ in range(NEW):
             ids.append(int(logits.argmax()))
             with torch.no_grad():
-                logits = case.model(torch.tensor([ids[-1:]]), past_key_values=cache, use_cache=True).logits[0, -1]
+                logits = case.model(torch.tensor([ids[-1:]]), **with_cache(case.model, cache)).logits[0, -1]
         assert ids[len(row) :] == said
 
 
@@ -340,10 +342,8 @@ def test_manual_cached_loop_over_a_padded_batch(case: Case, handle: Handle) -> N
     ids, found = batch.ids, torch.empty(len(case.rows), 0, dtype=torch.long)
     for _ in range(NEW):
         with torch.no_grad():
-            out = case.model(
-                input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
-            )
-        cache, ids, places = out.past_key_values, out.logits[:, -1:].argmax(-1), places[:, -1:] + 1
+            out = case.model(input_ids=ids, attention_mask=mask, position_ids=places, **with_cache(case.model, cache))
+        cache, ids, places = cache_in(out), out.logits[:, -1:].argmax(-1), places[:, -1:] + 1
         mask, found = torch.cat([mask, torch.ones_like(ids)], 1), torch.cat([found, ids], 1)
     assert found.tolist() == case.said
 
@@ -357,8 +357,7 @@ def test_right_padded_chunks(case: Case, handle: Handle) -> None:
             out = case.model(
                 input_ids=batch.ids[:, columns],
                 attention_mask=batch.mask[:, : columns.stop],
-                past_key_values=out.past_key_values if out is not None else None,
-                use_cache=True,
+                **with_cache(case.model, cache_in(out)),
             )
         logits.append(out.logits)
     check_against_oracle(case, torch.cat(logits, 1))
@@ -581,7 +580,7 @@ def test_embeddings_unknown_caches_and_half_a_mask_are_refused(
     part = steering_part(model, PROMPTS[0], TARGETS[0], gate=Gate(layers=(0,)))
     ids = torch.tensor([PROMPTS[0]])
     with torch.no_grad():
-        foreign = model(ids, use_cache=True).past_key_values
+        foreign = cache_in(model(ids, use_cache=True))
         vectors = model.get_input_embeddings()(ids)
     with torch.no_grad(), patch_of(model, tokenizer, (part,)).attach(model, tokenizer):
         with pytest.raises(EditError, match="input_ids"):
@@ -589,10 +588,10 @@ def test_embeddings_unknown_caches_and_half_a_mask_are_refused(
         with pytest.raises(EditError, match="input_ids"):
             model.generate(inputs_embeds=vectors, max_new_tokens=2)
         with pytest.raises(EditError, match="never seen"):
-            model(torch.tensor([[70]]), past_key_values=foreign)
-        own = model(ids, use_cache=True).past_key_values
+            model(torch.tensor([[70]]), **with_cache(model, foreign))
+        own = cache_in(model(ids, use_cache=True))
         with pytest.raises(EditError, match="attention mask"):
-            model(torch.tensor([[70]]), past_key_values=own, attention_mask=torch.ones(1, 1, dtype=torch.long))
+            model(torch.tensor([[70]]), **with_cache(model, own), attention_mask=torch.ones(1, 1, dtype=torch.long))
         assert tuple(generate(model, [list(PROMPTS[0])])[0][:1]) == TARGETS[0]  # still in working order
 
 

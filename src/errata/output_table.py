@@ -20,6 +20,7 @@ from errata.low_rank_table import base_layer, forget_decisions, sizes
 from errata.maths.codebook import Codebook
 from errata.model.anatomy import anatomy, submodule
 from errata.model.attached import OUTPUTS, Suspendable
+from errata.model.cache import cache_given, cached_tokens
 from errata.model.hooks import first_tensor, with_first_tensor
 
 OutputPart = CodebookEntry | Routed
@@ -293,8 +294,8 @@ class OutputTable(Suspendable):
             ids = next((t for t in given if isinstance(t, Tensor)), None)
             if ids is None:
                 return
-            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-            past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+            cache, mask = cache_given(kwargs), kwargs.get("attention_mask")
+            past = cached_tokens(cache)
             n, T = ids.shape[:2]
             if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != (n, past + T):
                 mask = torch.ones(n, past + T, dtype=torch.bool, device=ids.device)

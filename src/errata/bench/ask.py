@@ -27,6 +27,7 @@ from errata.bench.fluency import sample
 from errata.errors import ConfigError, RequestError
 from errata.model.anatomy import anatomy
 from errata.model.attached import CONTEXT, STEERED, asked, bare, by_row, scoped, without_patches
+from errata.model.cache import cache_in, with_cache
 from errata.model.generate import cut, ended, greedy, says
 from errata.model.room import check_room, room
 from errata.model.states import evaluating, input_device
@@ -230,7 +231,7 @@ def _answered(
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             inputs |= {"logits_to_keep": 1}
         out = model(**inputs, use_cache=True)
-        first, cache = out.logits[:, -1], out.past_key_values
+        first, cache = out.logits[:, -1], cache_in(out)
         rows: list[Row] = [{} for _ in questions]
         if figures:
             rows = [
@@ -389,7 +390,7 @@ def _step(model: Any, prompts: Batch, cache: Any, ids: Tensor, after: Tensor) ->
         inputs["position_ids"] = (prompts.lengths[:, None] + places).clamp(
             max=(room(model) or torch.iinfo(torch.long).max) - 1
         )
-    return model(**inputs, past_key_values=cache, use_cache=True)
+    return model(**inputs, **with_cache(model, cache))
 
 
 def _stops(model: Any) -> set[int]:

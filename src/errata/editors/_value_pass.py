@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 from errata.editors._value_rows import Layout
 from errata.errors import AnatomyError
 from errata.model.anatomy import Anatomy, Site, submodule
+from errata.model.cache import with_cache
 from errata.model.hooks import Capture, ForwardHook, Hooks, PreHook, first_tensor, intervene, with_first_tensor
 from errata.model.tokens import Batch, pad
 
@@ -149,7 +150,7 @@ class ReusedPass:
             stack.enter_context(_reading(self._model, self._parts, layout.read_row, layout.read_col))
             seen = stack.enter_context(Capture(self._model, paths.values(), detach=False))
             cache = _cache(layout.lead, layout.device, place.first, prefix.cached)
-            output = self._model(**self._inputs, past_key_values=cache, use_cache=True)
+            output = self._model(**self._inputs, **with_cache(self._model, cache))
         return _logits(output, layout), {layer: seen[path] for layer, path in paths.items()}
 
     def keep(self, edits: Tensor) -> "ReusedPass":
@@ -198,12 +199,12 @@ def prefix_pass(
 
 
 def _prefix(model: Any, parts: Anatomy, place: Place, layout: Layout, heads: Heads | None, keys: bool) -> Prefix:
-    inputs, extra, at = layout.batch, {}, layout.at
+    inputs, behind, at = layout.batch, {"use_cache": False}, layout.at
     cached: tuple[KeysValues, ...] = ()
     if heads is not None:
         cached = _left(model, parts, layout, heads)
         cache = _cache(layout.lead, layout.device, 0, cached)
-        inputs, extra, at = layout.suffix(), {"past_key_values": cache}, torch.zeros_like(layout.at)
+        inputs, behind, at = layout.suffix(), with_cache(model, cache), torch.zeros_like(layout.at)
     below = parts.blocks[place.first - 1] if heads is not None and place.first > 0 else None
     kept: dict[str, Any] = {}
 
@@ -216,7 +217,7 @@ def _prefix(model: Any, parts: Anatomy, place: Place, layout: Layout, heads: Hea
         into = stack.enter_context(Capture(model, [place.path] if keys else [], of="input"))
         last = [*([(below, keep)] if below is not None else []), (parts.blocks[place.layer], _stop)]
         stack.enter_context(Hooks(model, forward=last))
-        model(**inputs.inputs(model), use_cache=heads is not None, **extra)
+        model(**inputs.inputs(model), **behind)
     return Prefix(
         _one(out[place.path], at),
         _one(into[place.path], at) if keys else None,
@@ -253,7 +254,7 @@ def _fresh(
         _reading(model, parts, nothing, nothing),
         Hooks(model, [(p, _stop) for p in parts.attention[-1:]]),
     ):
-        model(**batch.inputs(model), past_key_values=cache, use_cache=True)
+        model(**batch.inputs(model), **with_cache(model, cache))
     layers: Sequence[Any] = cache.layers
     return tuple(layer.fresh for layer in layers)
 

@@ -29,6 +29,7 @@ from errata.errors import AnatomyError, ConfigError
 from errata.low_rank import LowRank
 from errata.low_rank_table import base_layer, sizes
 from errata.model.anatomy import anatomy, submodule
+from errata.model.cache import cache_in, with_cache
 from errata.model.fingerprint import base_of
 from errata.model.hooks import Capture, ForwardHook, Hooks, PreHook, first_tensor, with_first_tensor
 from errata.model.labels import label_id
@@ -255,7 +256,7 @@ class _Pass:
                 self.encoded = model.get_encoder()(input_ids=ids, attention_mask=torch.ones_like(ids))
             elif self.role == "decoder" and len(ask.ids) > 1:
                 ids = torch.tensor([ask.ids[:-1]], device=self.device)
-                self.cache = model(input_ids=ids, use_cache=True).past_key_values
+                self.cache = cache_in(model(input_ids=ids, use_cache=True))
 
     @property
     def column(self) -> int:
@@ -276,7 +277,7 @@ class _Pass:
             return self.model(input_ids=ids, use_cache=False).logits[:, -1]
         cache = copy.deepcopy(self.cache)  # a pass writes into it
         cache.batch_repeat_interleave(rows)
-        return self.model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+        return self.model(input_ids=ids[:, -1:], **with_cache(self.model, cache)).logits[:, -1]
 
 
 # -- integrated gradients --------------------------------------------------------------------------------------------------

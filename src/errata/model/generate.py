@@ -12,6 +12,7 @@ from torch import Tensor
 
 from errata.model.anatomy import anatomy
 from errata.model.attached import asked, by_row
+from errata.model.cache import cache_in, with_cache
 from errata.model.labels import predicted_labels
 from errata.model.room import check_room
 from errata.model.states import input_device
@@ -128,8 +129,8 @@ def sampled(
     inputs, cache = pad(rows, padding, input_device(model), "left").inputs(model), None
     with torch.no_grad():
         while left := [i for i, row in enumerate(done) if len(row) < lengths[i]]:
-            output = model(**inputs, past_key_values=cache, use_cache=True)
-            logits, cache = output.logits[:, -1].float().cpu(), output.past_key_values
+            output = model(**inputs, **with_cache(model, cache))
+            logits, cache = output.logits[:, -1].float().cpu(), cache_in(output)
             logits[:, never] = -torch.inf
             best, ids = logits[left].topk(min(top_k, logits.shape[1]), dim=-1)
             drawn = ids.gather(1, torch.multinomial(best.softmax(-1), 1, generator=generator))[:, 0].tolist()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from errata.errors import EditError
+from errata.model.cache import cache_given, cached_tokens
 from errata.model.tokens import last_positions
 from errata.steering.questions import Questions
 
@@ -111,8 +112,8 @@ class SeenIds:
             raise EditError(
                 "a steering patch reads the token ids, but the model was called without input_ids; pass input_ids instead of inputs_embeds"
             )
-        cache = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+        cache = cache_given(kwargs)
+        past = cached_tokens(cache)
         full = self._full_ids(ids, cache, past)
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(full) if mask is None or mask.dim() != 2 else mask

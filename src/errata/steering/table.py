@@ -26,6 +26,7 @@ from torch import Tensor
 from errata.counterfactual import LOGITS
 from errata.model.anatomy import anatomy
 from errata.model.attached import STEERED, Suspendable
+from errata.model.cache import cache_in
 from errata.model.hooks import first_tensor, with_first_tensor
 from errata.model.room import check_room
 from errata.model.tokens import Side, pad, pad_id, token_ids
@@ -190,7 +191,7 @@ class SteeringTable(Suspendable):
         if not self._passes:
             return
         done = self._last = self._passes.pop()
-        self._seen.keep(getattr(output, "past_key_values", None), done.ids)
+        self._seen.keep(cache_in(output), done.ids)
         if not done.gated or output is None:  # an exception ended the pass early
             return
         self._memory.keep(done, self._points.sums(done))
