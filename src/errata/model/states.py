@@ -16,6 +16,7 @@ from errata.model.tokens import pad, start_id, token_ids
 
 CPU_TOKENS = 1024  # padded tokens a pass runs: activations that stay in a core's cache
 OTHER_TOKENS = 8192
+PASS_SHARE = 32  # a pass costs about as much as this part of a full one's tokens, however few it has
 
 
 class _Stop(Exception):
@@ -118,15 +119,24 @@ def _absolute(rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]])
 
 
 def _chunks(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Rows in ascending length, as many as fit when padded to the longest; one alone may be longer than the limit."""
-    chunk: list[int] = []
-    for i in order:
-        if chunk and (len(chunk) + 1) * lengths[i] > batch_tokens:
-            yield chunk
-            chunk = []
-        chunk.append(i)
-    if chunk:
-        yield chunk
+    """Rows in ascending length, cut where passes together are cheapest: by the tokens they run, padding included, and a price of each.
+
+    A pass has at most `batch_tokens` padded tokens, but for a row that is longer by itself.
+    """
+    price = batch_tokens // PASS_SHARE
+    best, cut = [0.0], [0]  # of the first i rows: the least cost, and where its last pass begins
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        first = min(end - 1, max(0, end - max(1, batch_tokens // max(1, longest))))
+        costs = [best[start] + price + (end - start) * longest for start in range(first, end)]
+        best.append(min(costs))
+        cut.append(first + costs.index(best[-1]))
+    ends, end = [], len(order)
+    while end:
+        ends.append(end)
+        end = cut[end]
+    for end in reversed(ends):
+        yield list(order[cut[end] : end])
 
 
 def _decoder_rows(
