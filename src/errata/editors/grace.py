@@ -363,8 +363,10 @@ class _Stream:
         return self.config.radius or float(reach * torch.linalg.vector_norm(key))
 
     def _again(self, edits: Sequence[str]) -> list[str]:
-        """Give a key of its own to each of these edits that the balls behind it, which had to give way, no longer answer."""
-        waiting, made = list(dict.fromkeys(edits)) if self.config.guard else [], list[str]()
+        """Give a key of its own to each of these edits, and of those that they cover, that the balls behind it, which had to
+        give way, no longer answer; not where a later edit of another label has its very key."""
+        waiting = list(dict.fromkeys([*edits, *self._behind_cover(edits)])) if self.config.guard else []
+        made = list[str]()
         while waiting:
             found = self.book.find(torch.stack([self._latest[edit].key for edit in waiting]))[0].tolist()
             lost = [
@@ -374,15 +376,30 @@ class _Stream:
             ]
             waiting = []
             for part in (self._latest[edit] for edit in lost if edit not in made):
+                if self._overridden(part):
+                    continue
                 done = self.book.insert(part.key, part.value, part.radius, part.label, part.edit)
                 shared = done.outcome in ("cover", "expand")
                 value = self.book.values[done.entry] if shared else part.value
-                part = replace(part, key=part.key.clone(), value=value.clone())  # a file holds no tensor twice
+                # a file holds no tensor twice, and who has a key of its own is covered by nobody
+                part = replace(part, key=part.key.clone(), value=value.clone(), covered_by=())
                 self.book.set_value(done.entry, part.value)
                 self._note(part)
                 made.append(part.edit)
-                waiting += done.shrunk
+                waiting += [*done.shrunk, *self._behind_cover(done.shrunk)]
+            waiting = list(dict.fromkeys(waiting))
         return made
+
+    def _behind_cover(self, edits: Sequence[str]) -> list[str]:
+        """The edits that have no key of their own, since some of these cover them."""
+        gone = set(edits)
+        return [part.edit for part in self._latest.values() if gone.intersection(part.covered_by)]
+
+    def _overridden(self, part: CodebookEntry) -> bool:
+        """Whether an entry of another label stands at the part's very key: a later edit of it, which holds."""
+        far = torch.linalg.vector_norm(self.book.keys - part.key.to(self.book.keys), dim=-1)
+        near, slack = int(far.argmin()), self.book.rules.same * float(torch.linalg.vector_norm(part.key))
+        return float(far[near]) <= slack and self.book.labels[near] != part.label
 
     # -- keys and values ---------------------------------------------------------------------------------------------
 
