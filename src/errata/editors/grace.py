@@ -167,7 +167,8 @@ class GRACE(Editor[GRACEConfig]):
         progress: Progress | None = None,
         onto: Patch | None = None,
     ) -> Patch:
-        """Fit requests in order. onto: a patch of this codebook that they come on top of; the result holds its edits too.
+        """Fit requests in order. onto: a patch of this codebook that they come on top of; the result holds its edits too, and says
+        anew which of them the model still says.
 
         Raises RequestError, SubjectNotFoundError, AnatomyError for a layer or site that is not there, ConfigError for a token
         that cannot ask there, or if `onto` is of another layer or other rules, BaseMismatchError if it is of another model.
@@ -178,13 +179,12 @@ class GRACE(Editor[GRACEConfig]):
         before = onto or Patch(self.method, asdict(self.config), (), base_of(model, tokenizer), ())
         refuse_known(before, requests)
         _check_onto(before, place, rules, model, tokenizer)
-        items = items_of(tokenizer, requests, self.config.ending)
-        report: dict[str, dict[str, Any]] = {}
+        items, known_items = (items_of(tokenizer, own, config.ending) for own in (requests, before.requests))
+        everything = before.requests + tuple(requests)
+        report = {i: dict(own) for i, own in before.report.items()}
         with quiet(model), _without_gradients(model):
             stream = _Stream(self.config, model, tokenizer, place, key, Codebook(rules), seed)
-            stream.know(
-                [*before.requests, *requests], [*items_of(tokenizer, before.requests, self.config.ending), *items]
-            )
+            stream.know(everything, [*known_items, *items])
             for known in before.parts:
                 stream.keep(known)
             with Hooks(model, forward=[(place.path(parts), stream.hook)]):
@@ -194,11 +194,10 @@ class GRACE(Editor[GRACEConfig]):
                         report[requests[i].id] = stream.edit(requests[i], items[i])
                         if progress is not None:
                             progress(i + 1, len(items))
-                said = stream.says(items)
-        for request, right in zip(requests, said, strict=True):
-            report[request.id] |= {"layer": place.layer, "converged": right}
-        everything = before.requests + tuple(requests)
-        report = with_contradictions(before.report | report, everything)
+                said = stream.says([*known_items, *items])
+        for request, right in zip(everything, said, strict=True):
+            report[request.id] = {**report.get(request.id, {}), "layer": place.layer, "converged": right}
+        report = with_contradictions(report, everything)
         return replace(
             before, config=asdict(self.config), requests=everything, parts=tuple(stream.parts), report=report
         )
