@@ -179,7 +179,9 @@ def test_a_classifier_is_routed_by_its_first_token(closing_tokenizer: PreTrained
         expected = expert(input_ids=torch.tensor([[*part.record, *rows[0]]])).logits[0]
     with patch.attach(model, closing_tokenizer) as handle:
         decisions = handle.decide(texts)
-        found = logits_of(model, rows)
+        found, batch = logits_of(model, rows), pad(rows, 0)
+        with torch.no_grad():  # a mask passed by position is one too
+            assert not batch.mask[0].all() and torch.equal(model(batch.ids, batch.mask).logits, found)
     assert decisions[0].edit == CLAIM.id and torch.allclose(found[0], expected, atol=1e-4)
     assert decisions[1].edit is None and torch.equal(found[1], plain[1])
     assert torch.equal(logits_of(model, rows), plain) and hooks_of(model) == []
