@@ -30,6 +30,7 @@ from errata.errors import ConfigError
 from errata.model.anatomy import anatomy
 from errata.model.fingerprint import base_of
 from errata.model.labels import label_id
+from errata.model.room import room
 from errata.model.states import input_device
 from errata.model.tokens import continuation_ids, pad, token_ids
 from errata.patch import Patch
@@ -169,7 +170,7 @@ Row = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 
 def record_ids(tokenizer: Any, prompt: str, target: str) -> list[int]:
-    """An edit as h reads it: the prompt with its answer, on a line of its own."""
+    """An edit as h reads it: the prompt with its answer, on a line of its own; `counterfactual.fitting` cuts a long one."""
     return token_ids(tokenizer, [f"{prompt} {target}\n"])[0]
 
 
@@ -407,8 +408,8 @@ class SERACLearner(Learner):
 
     def _both(self, rows: Sequence[Row]) -> list[tuple[Tensor, Tensor]]:
         """For each row the logits (len(target), V or labels) of the edited model, without gradients, and of h, for its target."""
-        classifies = anatomy(self.model).role == "classifier"
-        fed = [[*ids, *([] if classifies else target[:-1])] for _, ids, target in rows]
+        classifies, limit = anatomy(self.model).role == "classifier", room(self.model)
+        fed = [[*ids, *([] if classifies else target[:-1])][-limit if limit else 0 :] for _, ids, target in rows]
         with torch.no_grad():
             logits = self.model(**pad(fed, 0, input_device(self.model)).inputs(self.model)).logits
         theirs = read(self.module.h, [(row[0], own) for row, own in zip(rows, fed, strict=True)])
