@@ -163,6 +163,8 @@ def test_a_memory_of_edits(tiny: Tiny, tokenizer: PreTrainedTokenizerFast, tmp_p
     with one.attach(model, tokenizer), later.attach(model, tokenizer) as handle:
         assert handle.conflicts == [(revised.id, FRANCE.id)]
         assert torch.allclose(logits_of(model, rows[:1])[0, -1], theirs(later.steering[0], rows[0])[-1], atol=1e-4)
+    report = editor.fit(model, tokenizer, [FRANCE, NEEDLE, revised]).report
+    assert report[FRANCE.id]["overruled"] == [revised.id] and report[revised.id]["contradicts"] == [FRANCE.id]
     assert hooks_of(model) == []
 
 

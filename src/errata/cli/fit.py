@@ -294,7 +294,7 @@ def fit_resumably(
     A method that takes streams goes on from the edits so far instead. Every few edits the finished ones go to `partial`, and at
     once if anything stops the work.
     """
-    from errata.editors._items import later_wins
+    from errata.editors._items import later_wins, with_contradictions
 
     patch, kept, cost, last = done, len(done or ()), 0.0, time.perf_counter()
     progress(kept)
@@ -332,7 +332,7 @@ def fit_resumably(
         if len(patch or ()) > kept:
             _keep(patch, seed, batch, partial)
         raise
-    return patch
+    return replace(patch, report=with_contradictions(patch.report, patch.requests))
 
 
 def _keep(patch: Any, seed: int, batch: int, partial: Path) -> None:

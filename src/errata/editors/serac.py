@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from errata.counterfactual import Counterfactual, Expert, blank, mixed, read
 from errata.edit import EditRequest
 from errata.editor import Progress, quiet
+from errata.editors._items import with_contradictions
 from errata.editors._learned import Batches, LearnedConfig, LearnedEditor, Learner
 from errata.errors import ConfigError
 from errata.model.anatomy import anatomy
@@ -159,7 +160,7 @@ class SERAC(LearnedEditor[SERACConfig]):
                 report[request.id] = {"converged": said, "wordings_in_scope": round(float(inside.float().mean()), 4)}
                 if progress is not None:
                     progress(number, len(requests))
-        about = self.recorded(model, tokenizer)
+        about, report = self.recorded(model, tokenizer), with_contradictions(report, requests)
         return Patch(self.method, about, tuple(requests), base_of(model, tokenizer), tuple(parts), report)
 
 
