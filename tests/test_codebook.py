@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from conftest import hooks_of, tiny_model, tiny_other
-from errata.codebook import CodebookEntry, Place, Routed
+from errata.codebook import CodebookEntry, Place, Routed, remember
 from errata.edit import EditRequest
 from errata.editors import get_editor
 from errata.editors._items import items_of, losses_of
@@ -23,7 +23,7 @@ from errata.model.cache import cache_in, with_cache
 from errata.model.fingerprint import base_of
 from errata.model.hooks import Capture
 from errata.model.tokens import pad, start_id
-from errata.output_table import OUTPUTS
+from errata.output_table import OUTPUTS, routed_reply
 from errata.patch import Patch, attach_rows
 
 A, B = (1,), (2,)
@@ -208,6 +208,20 @@ def test_a_thousand_operations_against_a_dictionary(expand: Any) -> None:
     assert asked > 300 and 50 < hits < asked
 
 
+def test_a_copy_on_another_device_is_kept_until_the_codebook_changes() -> None:
+    book, other = Codebook(), torch.device("meta")
+    book.insert(torch.zeros(3), torch.zeros(2), 1.0, A)
+    keys, values, radii = book.on(torch.device("cpu"))
+    assert keys.data_ptr() == book.keys.data_ptr() and values.equal(book.values) and radii.equal(book.radii)
+    first = book.on(other)
+    assert book.on(other) is first and [tuple(t.shape) for t in first] == [(1, 3), (1, 2), (1,)]
+    book.insert(torch.full((3,), 9.0), torch.ones(2), 1.0, B)
+    second = book.on(other)
+    assert second is not first and len(second[0]) == 2
+    book.set_value(0, torch.ones(2))
+    assert book.on(other) is not second
+
+
 def test_many_queries_are_answered_as_one_by_one() -> None:
     generator = torch.Generator().manual_seed(0)
     book = Codebook()
@@ -268,6 +282,26 @@ def outputs(model: Any, ids: Tensor, **inputs: Any) -> Tensor:
     with torch.no_grad(), Capture(model, [path]) as seen:
         model(input_ids=ids, use_cache=False, **inputs)
     return seen[path].reshape(*ids.shape, -1)
+
+
+def test_an_adapters_weights_are_made_ready_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each device and dtype that queries come in; a first pass in inference mode leaves them fit for gradients."""
+    weights = {"U": torch.randn(4, 3), "b": torch.randn(4), "V": torch.randn(4, 2)}
+    reply, queries = routed_reply(Routed(("e",), "memory", weights, Place(0))), torch.randn(5, 3).double()
+    made, to = list[Tensor](), Tensor.to
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        made.append(tensor)
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", counted)
+    with torch.inference_mode():
+        first = reply(queries)[1].clone()
+    leaf = queries.clone().requires_grad_()
+    hit, again = reply(leaf)
+    again.sum().backward()
+    assert len(made) == 3 and bool(hit.all()) and torch.equal(again, first) and leaf.grad is not None
+    assert torch.equal(again, remember({name: t.double() for name, t in weights.items()}, queries))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])

@@ -38,17 +38,22 @@ def book_reply(book: Codebook, values: Tensor | None = None) -> Reply:
 
     def reply(queries: Tensor) -> tuple[Tensor, Tensor]:
         entry, _ = book.find(queries)
-        answers = book.values if values is None else values
-        return entry >= 0, answers.to(queries.device)[entry.clamp(min=0)]
+        answers = book.on(queries.device)[1] if values is None else values.to(queries.device)
+        return entry >= 0, answers[entry.clamp(min=0)]
 
     return reply
 
 
 def routed_reply(part: Routed) -> Reply:
-    """Answers of a routed adapter."""
+    """Answers of a routed adapter, whose weights are kept where queries come from, in their dtype."""
+    copies: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
 
     def reply(queries: Tensor) -> tuple[Tensor, Tensor]:
-        weights = {name: t.to(queries) for name, t in part.weights.items()}
+        kind = queries.device, queries.dtype
+        if kind not in copies:
+            with torch.inference_mode(False), torch.no_grad():  # passes that need gradients may use them later
+                copies[kind] = {name: t.to(*kind) for name, t in part.weights.items()}
+        weights = copies[kind]
         if part.form == "memory":
             return torch.ones(len(queries), dtype=torch.bool, device=queries.device), remember(weights, queries)
         gate, answers = defer(weights, queries)
@@ -67,7 +72,7 @@ def replaced(reply: Reply, place: Place, x: Tensor, y: Tensor, at: Tensor) -> Te
         steps, at = torch.arange(x.shape[1], device=x.device), at[:, None]
         where = {"last": steps == at, "all": (steps >= 0).expand(len(x), -1), "prompt": steps < at}[place.replace]
         hit, answer = hit[:, None] & where, answer if answer.dim() == 3 else answer[:, None]
-    return torch.where(hit[..., None], answer.to(y.dtype), y) if bool(hit.any()) else y
+    return torch.where(hit[..., None].to(y.device), answer.to(y), y) if bool(hit.any()) else y
 
 
 class Site:

@@ -29,6 +29,7 @@ from errata.model.anatomy import Site, anatomy, submodule
 from errata.model.fingerprint import base_of
 from errata.model.generate import greedy_answers
 from errata.model.hooks import Hooks, first_tensor, with_first_tensor
+from errata.model.states import input_device
 from errata.model.targets import IGNORED, Supervised, supervised
 from errata.patch import Part, Patch, check_fits
 from errata.training import TrainingItem
@@ -180,7 +181,11 @@ def logits_of(model: Any, asked: Supervised, rows: Sequence[int] | None = None) 
 
 
 def signals(model: Any, maps: Sequence[LinearMap], asked: Supervised) -> tuple[list[Signal], Tensor]:
-    """(one Signal a map, the logits) of each row's own negative log-likelihood; weights need no gradient and get none."""
+    """(one Signal a map, the logits) of each row's own negative log-likelihood; weights need no gradient and get none.
+
+    All signals are where the model takes its token ids, also when layers are spread over several devices.
+    """
+    device = input_device(model)
     n, xs, zeros = len(asked.labels), dict[str, Tensor](), dict[str, Tensor]()
 
     def probe(path: str) -> Any:
@@ -195,7 +200,7 @@ def signals(model: Any, maps: Sequence[LinearMap], asked: Supervised) -> tuple[l
     with torch.enable_grad(), Hooks(model, forward=[(m.path, probe(m.path)) for m in maps]):
         logits = logits_of(model, asked)
         found = torch.autograd.grad(asked.nll(logits).sum(), [zeros[m.path] for m in maps])
-    rows = [(wide(xs[m.path]), wide(g)) for m, g in zip(maps, found, strict=True)]
+    rows = [(wide(xs[m.path]).to(device), wide(g).to(device)) for m, g in zip(maps, found, strict=True)]
     return [Signal(x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])) for x, g in rows], logits.detach()
 
 

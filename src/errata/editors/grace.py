@@ -247,7 +247,7 @@ class _Stream:
             return None
         x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
         shape, n = y.shape, len(self._running)
-        x, y = x.reshape(n, -1, x.shape[-1]), y.reshape(n, -1, shape[-1])  # OPT's MLP runs on (n * T, a)
+        x, y = x.to(y.device).reshape(n, -1, x.shape[-1]), y.reshape(n, -1, shape[-1])  # OPT's MLP runs on (n * T, a)
         at = torch.tensor([self._column(item) for item in self._running], device=x.device)
         if self._own is not None:
             own, place = self._own, replace(self.place, replace=ALONE.get(self.place.replace, self.place.replace))
@@ -481,7 +481,7 @@ class _Stream:
         if not config.norm:
             return losses, losses.sum()
         away = (own - starts[left]).square().sum(-1) / starts[left].square().sum(-1)
-        return losses, losses.sum() + config.norm * away.sum()
+        return losses, losses.sum() + config.norm * away.sum().to(losses.device)
 
     def _first(self, output: Tensor) -> Tensor:
         """Where a value starts that is not searched: (b,)."""
