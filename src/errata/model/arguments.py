@@ -2,10 +2,10 @@
 
 import inspect
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_NAMES: dict[type, tuple[str, ...]] = {}
 
 
 def named(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -13,11 +13,12 @@ def named(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mappi
     if not args:
         return kwargs
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's own forward names nothing
-    return {**dict(zip(_names(type(inner)), args, strict=False)), **kwargs}
+    return {**dict(zip(_positional(type(inner)), args, strict=False)), **kwargs}
 
 
-@cache
-def _names(kind: type) -> tuple[str, ...]:
+def _positional(kind: Any) -> tuple[str, ...]:
     """The positional parameters of a class's `forward`, without itself; a class's signature is read once."""
-    known = inspect.signature(kind.forward).parameters.values()  # type: ignore[attr-defined]
-    return tuple(p.name for p in known if p.kind in _POSITIONAL)[1:]
+    if kind not in _NAMES:
+        known = inspect.signature(kind.forward).parameters.values()
+        _NAMES[kind] = tuple(p.name for p in known if p.kind in _POSITIONAL)[1:]
+    return _NAMES[kind]
