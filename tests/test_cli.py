@@ -16,6 +16,7 @@ import errata
 from conftest import END, steering_part, tiny_model
 from errata.cli import app
 from errata.edit import EditRequest, write_requests
+from errata.editors.grace import GRACE
 from errata.editors.sake import SAKE
 from errata.errors import RequestError
 from errata.model import loading
@@ -196,8 +197,29 @@ def test_a_stopped_fit_goes_on_to_the_same_bytes(
     assert path.read_bytes() == Path(place.patch).read_bytes() and not partial.exists()
 
 
-def _stop_after(patched: pytest.MonkeyPatch, n: int, stop: Any) -> None:
-    original, calls = SAKE.fit, [0]
+def test_a_stopped_stream_goes_on_from_what_it_holds(
+    place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GRACE, an edit at a time: each one knows the keys before it, also where the fit was stopped between them."""
+    twice = [*REQUESTS, REQUESTS[0].model_copy(update={"target_new": "Lima"})]
+    write_requests(tmp_path / "r.jsonl", twice)
+    options = ["steps=3", "layer=0", "radius=0.01"]
+    command = ["fit", tmp_path / "r.jsonl", "-m", place.model, "--method", "grace", "--batch", "1"]
+    command += [word for option in options for word in ("--set", option)]
+    whole, parted = tmp_path / "whole.safetensors", tmp_path / "parted.safetensors"
+    assert run(*command, "-o", whole).exit_code == 0
+    with monkeypatch.context() as patched:
+        _stop_after(patched, 2, KeyboardInterrupt, GRACE)
+        assert run(*command, "-o", parted).exit_code == 130
+    assert json_of(run(*command, "-o", parted, "--json"))["n_resumed"] == 2
+    assert whole.read_bytes() == parted.read_bytes()
+    first, *_, last = (patch := load_patch(whole)).ids
+    assert patch.report[last]["replaced"] == [first] == patch.report[last]["contradicts"]
+    assert patch.report[first]["overruled"] == [last] and not patch.report[first]["converged"]
+
+
+def _stop_after(patched: pytest.MonkeyPatch, n: int, stop: Any, editor: Any = SAKE) -> None:
+    original, calls = editor.fit, [0]
 
     def fit(*args: Any, **kwargs: Any) -> Patch:
         calls[0] += 1
@@ -205,7 +227,7 @@ def _stop_after(patched: pytest.MonkeyPatch, n: int, stop: Any) -> None:
             raise stop
         return original(*args, **kwargs)
 
-    patched.setattr(SAKE, "fit", fit)
+    patched.setattr(editor, "fit", fit)
 
 
 def test_an_interrupt_before_the_first_edit_keeps_nothing(

@@ -2,6 +2,7 @@
 
 import math
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,18 +11,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from conftest import hooks_of, tiny_model
-from errata.codebook import CodebookEntry, Place, Routed
+from conftest import hooks_of, tiny_model, tiny_other
+from errata.codebook import CodebookEntry, Place, Routed, remember
 from errata.edit import EditRequest
 from errata.editors import get_editor
 from errata.editors._items import items_of, losses_of
 from errata.errors import BaseMismatchError, ConfigError, EditError, PatchFormatError, ShapeError
 from errata.maths.codebook import GAP, Codebook, Rules
 from errata.model.anatomy import anatomy
+from errata.model.cache import cache_in, with_cache
 from errata.model.fingerprint import base_of
 from errata.model.hooks import Capture
-from errata.model.tokens import pad
-from errata.output_table import OUTPUTS
+from errata.model.tokens import pad, start_id
+from errata.output_table import OUTPUTS, routed_reply
 from errata.patch import Patch, attach_rows
 
 A, B = (1,), (2,)
@@ -206,6 +208,20 @@ def test_a_thousand_operations_against_a_dictionary(expand: Any) -> None:
     assert asked > 300 and 50 < hits < asked
 
 
+def test_a_copy_on_another_device_is_kept_until_the_codebook_changes() -> None:
+    book, other = Codebook(), torch.device("meta")
+    book.insert(torch.zeros(3), torch.zeros(2), 1.0, A)
+    keys, values, radii = book.on(torch.device("cpu"))
+    assert keys.data_ptr() == book.keys.data_ptr() and values.equal(book.values) and radii.equal(book.radii)
+    first = book.on(other)
+    assert book.on(other) is first and [tuple(t.shape) for t in first] == [(1, 3), (1, 2), (1,)]
+    book.insert(torch.full((3,), 9.0), torch.ones(2), 1.0, B)
+    second = book.on(other)
+    assert second is not first and len(second[0]) == 2
+    book.set_value(0, torch.ones(2))
+    assert book.on(other) is not second
+
+
 def test_many_queries_are_answered_as_one_by_one() -> None:
     generator = torch.Generator().manual_seed(0)
     book = Codebook()
@@ -268,6 +284,26 @@ def outputs(model: Any, ids: Tensor, **inputs: Any) -> Tensor:
     return seen[path].reshape(*ids.shape, -1)
 
 
+def test_an_adapters_weights_are_made_ready_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each device and dtype that queries come in; a first pass in inference mode leaves them fit for gradients."""
+    weights = {"U": torch.randn(4, 3), "b": torch.randn(4), "V": torch.randn(4, 2)}
+    reply, queries = routed_reply(Routed(("e",), "memory", weights, Place(0))), torch.randn(5, 3).double()
+    made, to = list[Tensor](), Tensor.to
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        made.append(tensor)
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", counted)
+    with torch.inference_mode():
+        first = reply(queries)[1].clone()
+    leaf = queries.clone().requires_grad_()
+    hit, again = reply(leaf)
+    again.sum().backward()
+    assert len(made) == 3 and bool(hit.all()) and torch.equal(again, first) and leaf.grad is not None
+    assert torch.equal(again, remember({name: t.double() for name, t in weights.items()}, queries))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
 def test_each_token_asks_for_itself(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """The one position whose key is in the ball gets the value, padded or not; a decoder says the same with and without a cache."""
@@ -320,6 +356,66 @@ def test_the_published_modes_replace_by_row(tokenizer: PreTrainedTokenizerFast) 
                     edited = outputs(model, ids, **given)
             hit = (edited[..., 1:] == 1).all(-1)
             assert hit[0].nonzero()[:, 0].tolist() == expected and not bool(hit[1:].any()), (side, mode)
+
+
+@pytest.mark.parametrize("mode", ["each", "last", "all"])
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_behind_an_encoder_the_start_token_asks_once(
+    family: str, mode: Any, closing_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A token at a time behind a cache the logits are those of the whole answer, for all rows and row by row."""
+    model = tiny_other(family)
+    ids = torch.tensor([closing_tokenizer(TEXTS[0])["input_ids"]] * 2)
+    decoder_ids = torch.tensor([[start_id(model), 50, 61, 72]] * 2)
+    path = Place(LAYER, "mlp_out").path(anatomy(model))
+    with Capture(model, [path], of="input") as seen, torch.no_grad():
+        plain = model(input_ids=ids, decoder_input_ids=decoder_ids, use_cache=False).logits
+    keys = seen[path].reshape(2, 4, -1)[0]
+    late = patch_of(model, closing_tokenizer, (7, keys[2], 1e-2, A), replace=mode)
+    patch = patch_of(model, closing_tokenizer, (5, keys[0], 1e-2, B), replace=mode) + late
+
+    def cached(first: int = 1) -> Tensor:
+        encoded, pieces = model.get_encoder()(input_ids=ids), []
+        cache = None
+        for piece in (decoder_ids[:, :first], *decoder_ids[:, first:].split(1, 1)):
+            out = model(encoder_outputs=encoded, decoder_input_ids=piece, **with_cache(model, cache))
+            cache = cache_in(out)
+            pieces.append(out.logits)
+        return torch.cat(pieces, 1)
+
+    for given in ([patch, patch], [late, late], [None, patch]):
+        attached = (
+            given[0].attach(model, closing_tokenizer) if given[0] else attach_rows(model, closing_tokenizer, given)
+        )
+        with attached, torch.no_grad():
+            whole = model(input_ids=ids, decoder_input_ids=decoder_ids, use_cache=False).logits
+            assert torch.allclose(cached(), whole, atol=1e-5) and torch.allclose(cached(2), whole, atol=1e-5)
+        changed = (whole - plain).abs().amax((0, 2)) > 1e-3
+        assert bool(changed.any()) == (given[1] is patch or mode == "each")
+    with torch.no_grad():
+        encoded = model.get_encoder()(input_ids=ids)
+        begun = cache_in(
+            model(encoder_outputs=encoded, decoder_input_ids=decoder_ids[:, :1], **with_cache(model, None))
+        )
+        with patch.attach(model, closing_tokenizer):
+            asked: Any = pytest.raises(EditError, match="start token") if mode == "all" else nullcontext()
+            with asked:
+                model(encoder_outputs=encoded, decoder_input_ids=decoder_ids[:, 1:2], **with_cache(model, begun))
+
+
+def test_a_mask_counts_where_it_is_passed_by_position(closing_tokenizer: PreTrainedTokenizerFast) -> None:
+    """BERT takes it second: the last real token of a padded row asks all the same."""
+    model = tiny_other("bert")
+    batch = pad([closing_tokenizer(t)["input_ids"] for t in TEXTS], 0)
+    path, last = anatomy(model).mlp_out[LAYER], batch.mask[1].sum() - 1
+    with Capture(model, [path], of="input") as seen, torch.no_grad():
+        plain = model(input_ids=batch.ids, attention_mask=batch.mask).logits
+    assert not bool(batch.mask[1].all())
+    patch = patch_of(model, closing_tokenizer, (7, seen[path][1, last], 1e-2, A), replace="all")
+    with patch.attach(model, closing_tokenizer), torch.no_grad():
+        named = model(input_ids=batch.ids, attention_mask=batch.mask).logits
+        assert torch.equal(model(batch.ids, batch.mask).logits, named)
+    assert not torch.allclose(named[1], plain[1], atol=1e-3)
 
 
 def test_patches_are_one_codebook(tokenizer: PreTrainedTokenizerFast) -> None:

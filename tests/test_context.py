@@ -19,10 +19,13 @@ from errata.bench.cases import Probe
 from errata.bench.forced import target_nll
 from errata.bench.verify import verify
 from errata.cli import app
+from errata.cli.fit import fit_resumably
 from errata.context import Context
 from errata.edit import EditRequest
 from errata.editor import quiet
 from errata.editors.icl import ICL
+from errata.editors.ike import IKE
+from errata.editors.uniform import Uniform
 from errata.errors import EditError, RequestError, UnsupportedPatchError
 from errata.export import export_peft
 from errata.low_rank import LowRank
@@ -112,6 +115,23 @@ def test_the_nearest_edit_in_whose_scope_a_prompt_is_stands_before_it(model: Any
     with patch.attach(model, tokenizer), later.attach(model, tokenizer) as handle:
         assert handle.conflicts == [(again.id, FRANCE.id)]
         assert asked(model, PROMPTS) == ["Rome. " + PROMPTS[0], *wanted[1:]]
+
+
+@pytest.mark.parametrize("kind, changes", [(ICL, {}), (IKE, {"encoder": "states"}), (Uniform, {"context_prompts": 3})])
+def test_both_of_two_that_contradict_each_other_are_reported(
+    kind: Any, changes: dict[str, Any], model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """In one fit or edit by edit: the later says what it contradicts, the earlier that it was overruled, and so does the handle."""
+    again = FRANCE.model_copy(update={"target_new": "Goa"})
+    requests, editor = [FRANCE, TOWER, again], kind(prompts=3, radius=0.05, **changes)
+    whole = editor.fit(model, tokenizer, requests)
+    for patch in (whole, fit_resumably(editor, model, tokenizer, requests, 0, tmp_path / "p.partial")):
+        marks = {
+            i: {k: v for k, v in own.items() if k in ("contradicts", "overruled")} for i, own in patch.report.items()
+        }
+        assert marks == {FRANCE.id: {"overruled": [again.id]}, TOWER.id: {}, again.id: {"contradicts": [FRANCE.id]}}
+        with patch.attach(model, tokenizer) as handle:
+            assert handle.conflicts == [(again.id, FRANCE.id)]
 
 
 def test_rows_have_contexts_of_their_own(model: Any, tokenizer: Any) -> None:

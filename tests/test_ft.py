@@ -463,6 +463,14 @@ def test_an_interrupt_leaves_the_weights_as_given(tiny: Tiny, tokenizer: PreTrai
     assert dict(model.named_parameters())[name] is own and torch.equal(logits(model, tokenizer), plain)
 
 
+def test_what_is_fitted_joins_with_what_was_saved(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Layers are a tuple in the configuration and a list in the file."""
+    model = tiny("gpt2")
+    one, two = (FT(layers=(0,), steps=1).fit(model, tokenizer, [r]) for r in (FRANCE, NEEDLE))
+    saved = Patch.from_bytes(two.to_bytes())
+    assert one.config == Patch.from_bytes(one.to_bytes()).config and one + saved == one + two
+
+
 def test_what_dense_patches_refuse(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny("gpt2")
     name = "transformer.h.0.mlp.c_proj.bias"

@@ -161,6 +161,30 @@ def test_what_earlier_edits_answer_holds_without_them(
     assert more.report[first.id]["outcome"] == "covered" and more.report[first.id]["by"] == [r.id for r in others]
 
 
+def test_a_covered_edit_gets_a_key_when_its_ball_gives_way(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Another object at a third prompt shrinks the ball that covered the second, which is then answered by a key of its own;
+    another object at the second prompt itself is the later one, and holds."""
+    model = tiny("gpt2", layers=3)
+    second, third = (FRANCE.model_copy(update={"subject": name}) for name in ("Japan", "Zürich"))
+    far = [float((key_at(model, tokenizer, FRANCE) - key_at(model, tokenizer, r)).norm()) for r in (second, third)]
+    editor = GRACE(layer=0, radius=1.1 * max(far), steps=25, lr=1.0)
+    covered, other = (second, third) if far[0] > far[1] / 2 else (third, second)
+    requests = [FRANCE, covered, other.model_copy(update={"target_new": "Paris"})]
+    patch = editor.fit(model, tokenizer, requests)
+    about = patch.report[requests[2].id]
+    assert patch.report[covered.id]["outcome"] == "covered"
+    assert about["shrunk"] == [FRANCE.id] and about["again"] == [covered.id]
+    assert [patch.report[r.id]["converged"] for r in requests] == [True] * 3
+    items = items_of(tokenizer, requests)
+    for one in (patch, Patch.from_bytes(patch.to_bytes())):
+        with one.attach(model, tokenizer):
+            assert says(model, items) == [True] * 3
+    turned = covered.model_copy(update={"target_new": "Paris"})
+    patch = editor.fit(model, tokenizer, [FRANCE, covered, turned])
+    with patch.attach(model, tokenizer):
+        assert says(model, items_of(tokenizer, [FRANCE, covered, turned])) == [True, False, True]
+
+
 def test_what_an_edit_answers_at_another_token_has_a_value_of_its_own(
     tiny: Tiny, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -20,7 +20,7 @@ from errata.edit import EditRequest
 from errata.editors._hypernetwork import Signal, Update, edited, logits_of, signals
 from errata.editors._learned import read_artefact
 from errata.editors.ke import KELearner, KnowledgeEditor, _no_larger, condition, gradient_norms
-from errata.errors import ConfigError
+from errata.errors import ConfigError, UnsupportedPatchError
 from errata.model.anatomy import submodule
 from errata.model.targets import supervised
 from errata.patch import attach_rows
@@ -308,6 +308,8 @@ def test_biases_are_dense_parts_of_their_own_edit(
     patch = editor.fit(model, tokenizer, [FRANCE, NEEDLE])
     assert [part.edits for part in patch.dense] == [(FRANCE.id,), (NEEDLE.id,)] and len(patch.dense[0].deltas) == 8
     assert patch.without(FRANCE.id).dense == (patch.dense[1],)
+    with pytest.raises(UnsupportedPatchError, match="a ke patch that edits biases is not merged"):
+        editor.fit(model, tokenizer, [NEEDLE], onto=patch.only(FRANCE.id))
 
 
 def test_sizes_names_and_training(tiny: Tiny, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

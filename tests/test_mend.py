@@ -19,20 +19,21 @@ from conftest import ANSWERERS, CLASSIFIERS, as_claims, hooks_of, tiny_other
 from errata.atlas.requests import counterfactual_requests
 from errata.atlas.training import training_items
 from errata.atlas.world import load_world
+from errata.bench.streams import follow
 from errata.cli.fit import _keep, resumed
 from errata.edit import EditRequest
 from errata.editors._hypernetwork import LinearMap, edited, linear_maps, logits_of, signals
 from errata.editors._learned import artefact_bytes, read_artefact
 from errata.editors.ke import KnowledgeEditor
 from errata.editors.mend import MEND, Residual
-from errata.errors import AnatomyError, BaseMismatchError, ConfigError
+from errata.errors import AnatomyError, BaseMismatchError, ConfigError, RequestError
 from errata.maths.moments import Standardise
 from errata.merge import merge
 from errata.model.anatomy import anatomy, submodule
 from errata.model.fingerprint import base_of
 from errata.model.generate import greedy_answers
 from errata.model.targets import supervised
-from errata.patch import attach_rows
+from errata.patch import Patch, attach_rows
 from errata.training import TrainingItem
 
 Tiny = Callable[..., Any]
@@ -241,6 +242,35 @@ def test_fit_is_one_column_a_token_of_each_request(
     assert patch.report[FRANCE.id]["trained"] == read_artefact(Path(str(editor.config.artefact)))[0]["content"][:12]
     with pytest.raises(ConfigError, match="`errata train mend --model MODEL --data FILE`"):
         MEND(artefact=str(tmp_path / "none")).fit(model, tokenizer, [FRANCE])
+
+
+def test_an_edit_on_top_of_others_is_fitted_with_them_merged(
+    tiny: Tiny, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """As the benchmark makes a stream of it, an edit at a time; the weights are as they were."""
+    model = tiny("llama", layers=4)
+    editor = trained(model, tokenizer, tmp_path, rate=0.1)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    again = FRANCE.model_copy(update={"target_new": "Earth"})
+    first = editor.fit(model, tokenizer, [FRANCE])
+    both = editor.fit(model, tokenizer, [NEEDLE], onto=first)
+    with merge(first, model, tokenizer):
+        alone = editor.fit(model, tokenizer, [NEEDLE])
+    n = len(first.parts)
+    assert both.ids == (FRANCE.id, NEEDLE.id) and both.base == first.base and both.parts[:n] == first.parts
+    stream, errors = follow(editor, model, tokenizer, [FRANCE, NEEDLE], 2)
+    assert stream is not None and not errors
+    for made, other, followed in zip(both.low_rank[n:], alone.low_rank, stream.low_rank[n:], strict=True):
+        assert torch.equal(made.U, other.U) and torch.equal(made.V, other.V) and torch.equal(made.U, followed.U)
+    from_base = editor.fit(model, tokenizer, [NEEDLE]).low_rank
+    assert not all(torch.allclose(made.U, plain.U) for made, plain in zip(both.low_rank[n:], from_base, strict=True))
+    whole = editor.fit(model, tokenizer, [again], onto=Patch.from_bytes(both.to_bytes()))
+    assert whole.report[FRANCE.id]["overruled"] == [again.id] and whole.report[again.id]["contradicts"] == [FRANCE.id]
+    assert all(torch.equal(weights[name], p) for name, p in model.named_parameters()) and hooks_of(model) == []
+    with pytest.raises(RequestError, match="holds the edit .* already"):
+        editor.fit(model, tokenizer, [FRANCE], onto=both)
+    with pytest.raises(ConfigError, match="expected a mend patch of the same network .* found a grace patch"):
+        editor.fit(model, tokenizer, [NEEDLE], onto=replace(first, method="grace"))
 
 
 def test_a_patch_records_the_artefacts_configuration(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from conftest import tiny_other
 from errata.bench.forced import exact
 from errata.bench.verify import logit_digests
 from errata.edit import EditRequest
@@ -83,3 +84,13 @@ def test_a_fit_without_room_for_its_contexts_says_so(
     request = EditRequest(prompt="a" * 100, target_new="Goa", target_true="Rome")
     with pytest.raises(RequestError, match="has room for 128"):
         SAKE(prompts=2).fit(tiny("gpt2"), tokenizer, [request])
+
+
+def test_roberta_counts_from_behind_its_paddings_id() -> None:
+    model = tiny_other("roberta")
+    padding, length = model.config.pad_token_id, room(model)
+    assert length == model.config.max_position_embeddings - padding - 1
+    with torch.no_grad():
+        model(input_ids=torch.full((1, length), 5), attention_mask=torch.ones(1, length, dtype=torch.long))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, length + 1), 5), attention_mask=torch.ones(1, length + 1, dtype=torch.long))

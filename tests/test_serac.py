@@ -24,6 +24,7 @@ from errata.editors.serac import SERAC, record_ids
 from errata.errors import ConfigError, PatchFormatError, RequestError, UnsupportedModelError
 from errata.model.generate import greedy, says
 from errata.model.loading import bundled
+from errata.model.room import room
 from errata.model.states import last_states
 from errata.model.tokens import pad, token_ids
 from errata.patch import Patch, attach_rows
@@ -162,6 +163,8 @@ def test_a_memory_of_edits(tiny: Tiny, tokenizer: PreTrainedTokenizerFast, tmp_p
     with one.attach(model, tokenizer), later.attach(model, tokenizer) as handle:
         assert handle.conflicts == [(revised.id, FRANCE.id)]
         assert torch.allclose(logits_of(model, rows[:1])[0, -1], theirs(later.steering[0], rows[0])[-1], atol=1e-4)
+    report = editor.fit(model, tokenizer, [FRANCE, NEEDLE, revised]).report
+    assert report[FRANCE.id]["overruled"] == [revised.id] and report[revised.id]["contradicts"] == [FRANCE.id]
     assert hooks_of(model) == []
 
 
@@ -179,7 +182,9 @@ def test_a_classifier_is_routed_by_its_first_token(closing_tokenizer: PreTrained
         expected = expert(input_ids=torch.tensor([[*part.record, *rows[0]]])).logits[0]
     with patch.attach(model, closing_tokenizer) as handle:
         decisions = handle.decide(texts)
-        found = logits_of(model, rows)
+        found, batch = logits_of(model, rows), pad(rows, 0)
+        with torch.no_grad():  # a mask passed by position is one too
+            assert not batch.mask[0].all() and torch.equal(model(batch.ids, batch.mask).logits, found)
     assert decisions[0].edit == CLAIM.id and torch.allclose(found[0], expected, atol=1e-4)
     assert decisions[1].edit is None and torch.equal(found[1], plain[1])
     assert torch.equal(logits_of(model, rows), plain) and hooks_of(model) == []
@@ -292,6 +297,32 @@ def test_what_it_refuses(
         wrong_sizes.model(torch.device("cpu"))
     assert record_ids(tokenizer, "a", "b") == token_ids(tokenizer, ["a b\n"])[0]
     assert tiny_model("gpt2").config.n_layer == 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_a_record_near_the_models_length_is_cut_to_half_the_room(
+    family: str, tokenizer: PreTrainedTokenizerFast, closing_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Trained on and fitted for texts that all but fill the model: its first token and its end, the answer, are read."""
+    decodes = family == "gpt2"
+    model, own = (tiny_model("gpt2"), tokenizer) if decodes else (tiny_other("bert"), closing_tokenizer)
+    targets = ("Goa", "Paris") if decodes else LABELS[:2]
+    filler = "The" + " a" * (55 if decodes else 59)
+    items = [TrainingItem(f"{filler} {name}", targets[i % 2], None, (f"{filler} b",)) for i, name in enumerate("abcd")]
+    for supervised in (True, False):
+        editor = trained(tmp_path / str(supervised), model, own, items, supervised=supervised)
+    request = EditRequest(prompt=f"{filler} c", target_new=targets[0])
+    patch = editor.fit(model, own, [request])
+    [part] = patch.steering
+    limit, expert = room(model), part.expert.model(torch.device("cpu"))
+    [ids] = token_ids(own, [request.text])
+    assert limit is not None and len(part.record) > limit // 2 and len(part.record) + len(ids) > limit
+    cut = [part.record[0], *part.record[-(limit // 2 - 1) :]]
+    with torch.no_grad():
+        expected = expert(input_ids=torch.tensor([[*cut, *ids[-(limit - limit // 2) :]]])).logits
+    with patch.attach(model, own):
+        found = logits_of(model, [ids])
+    assert torch.allclose(found[0, -1] if decodes else found[0], expected[0, -1] if decodes else expected[0], atol=1e-4)
 
 
 @pytest.mark.slow

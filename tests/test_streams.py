@@ -426,7 +426,10 @@ def test_claims_in_the_runner(closing_tokenizer: Any, tmp_path: Path) -> None:
     ]
     path = saved(tmp_path / "claims.jsonl", *rows)
     made = ke_fever.cases(Context("tiny", model, closing_tokenizer, data=str(path)))
-    said = {r.input: r.prediction for r in annotated(model, closing_tokenizer, [KiltRecord(**row) for row in rows])}
+    rows[0]["output"] = [{"provenance": [{"title": "Bridge"}]}, {"answer": "REFUTES"}]  # its first output says nothing
+    judged = annotated(model, closing_tokenizer, [KiltRecord(**row) for row in rows])
+    said = {r.input: r.prediction for r in judged}
+    assert len(said) == 3 and all(r.logit is not None for r in judged)
     assert [c.request.target_true for c in made] == list(said.values()) and all(
         c.request.target_new != said[c.request.text] for c in made
     )

@@ -29,8 +29,8 @@ class Place:
     whose output is replaced (see `LowRank`). replace: "each" token asks for itself and is itself replaced, so that it does
     not matter how a text is fed (cached, padded, at once). As published one token asks for its row in each forward pass:
     the prompt's end where `handle.prompts` gives it, else the row's "last" real token (ask="first": its first, BERT's CLS;
-    in a decoder behind an encoder always the start token); replaced are the "last" (the one that asks), "all", or those
-    before it ("prompt").
+    in a decoder behind an encoder always the start token, whose answer holds for all passes behind its cache); replaced are
+    the "last" (the one that asks), "all", or those before it ("prompt").
     """
 
     layer: Site

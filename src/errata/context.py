@@ -78,13 +78,18 @@ class ContextTable(Suspendable):
         Raises UnsupportedPatchError for a second edit of those that stand before every prompt.
         """
         active = {part.key: part.edit for part in _winners(self._loaded())}
+        conflicts: dict[tuple[str, str], None] = {}
+        for part in parts:
+            if active.get(part.key, part.edit) != part.edit:
+                conflicts[part.edit, active[part.key]] = None
+            active[part.key] = part.edit
         try:
             self._entries[owner] = tuple(parts)
             self._rebuild()
         except BaseException:
             self.remove(owner)
             raise
-        return [(p.edit, active[p.key]) for p in parts if active.get(p.key, p.edit) != p.edit]
+        return list(conflicts)
 
     def remove(self, owner: object) -> None:
         """Unload an owner's contexts; harmless if it has none."""

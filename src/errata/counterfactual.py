@@ -92,10 +92,17 @@ def blank(config: Any, role: str) -> Any:
         return auto.from_config(config, dtype=torch.float32).eval()
 
 
+def fitting(expert: Any, record: Sequence[int]) -> list[int]:
+    """A record as an expert reads it: of one longer than half of its room the first token, where a head may read, and the end."""
+    limit, own = room(expert), list(record)
+    most = len(own) if limit is None else max(1, limit // 2)
+    return own if len(own) <= most else [*own[:1], *own[len(own) - most + 1 :]]
+
+
 def joined(expert: Any, record: Sequence[int], ids: Sequence[int]) -> list[int]:
-    """What an expert reads: the record and then as much of the row's end as it has room for."""
-    limit = room(expert)
-    return [*record, *(ids if limit is None else ids[-max(1, limit - len(record)) :])]
+    """What an expert reads: the record, as `fitting` has it, and then as much of the row's end as it has room for."""
+    limit, own = room(expert), fitting(expert, record)
+    return [*own, *(ids if limit is None else ids[-max(1, limit - len(own)) :])]
 
 
 def read(expert: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
@@ -111,7 +118,7 @@ def read(expert: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> li
         if logits.dim() == 2:
             found.append(logits[i : i + 1])
             continue
-        own = logits[i, len(record) : len(whole[i])]
+        own = logits[i, len(fitting(expert, record)) : len(whole[i])]
         missing = len(ids) - len(own)
         found.append(torch.cat([own[:1].expand(missing, -1), own]) if missing else own)
     return found

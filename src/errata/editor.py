@@ -39,8 +39,9 @@ class Editor(ABC, Generic[C]):
     is not a part of the patch of all; batch: requests that a fit is quick with at once, where they do not bear on each other.
     place: where it edits ("external memory", "global optimisation", "local modification"); how: whether what it writes is
     "optimised" or "direct". supports: the roles (`model.anatomy`) of the models that it edits. streams: whether it takes requests
-    one after another and goes on from a patch (`fit(..., onto=)`); learns: whether it is trained before it can fit; scoped:
-    whether it promises that a prompt outside every edit's scope is answered bit for bit as if nothing were attached.
+    one after another, each on what the earlier ones left, and goes on from a patch (`fit(..., onto=)`); learns: whether it is
+    trained before it can fit; scoped: whether it promises that a prompt outside every edit's scope is answered bit for bit as if
+    nothing were attached.
     """
 
     method: ClassVar[str]

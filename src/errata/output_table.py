@@ -7,8 +7,9 @@ codebook, whichever patches they came from: the later of two edits of one key ho
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,10 @@ from errata.codebook import CodebookEntry, Place, Routed, defer, remember
 from errata.errors import AnatomyError, ConfigError, EditError, RequestError, ShapeError
 from errata.low_rank_table import base_layer, forget_decisions, sizes
 from errata.maths.codebook import Codebook
+from errata.model import arguments
 from errata.model.anatomy import anatomy, submodule
 from errata.model.attached import OUTPUTS, Suspendable
-from errata.model.cache import cache_given, cached_tokens
+from errata.model.cache import cache_given, cache_in, cached_tokens
 from errata.model.hooks import first_tensor, with_first_tensor
 
 OutputPart = CodebookEntry | Routed
@@ -36,17 +38,22 @@ def book_reply(book: Codebook, values: Tensor | None = None) -> Reply:
 
     def reply(queries: Tensor) -> tuple[Tensor, Tensor]:
         entry, _ = book.find(queries)
-        answers = book.values if values is None else values
-        return entry >= 0, answers.to(queries.device)[entry.clamp(min=0)]
+        answers = book.on(queries.device)[1] if values is None else values.to(queries.device)
+        return entry >= 0, answers[entry.clamp(min=0)]
 
     return reply
 
 
 def routed_reply(part: Routed) -> Reply:
-    """Answers of a routed adapter."""
+    """Answers of a routed adapter, whose weights are kept where queries come from, in their dtype."""
+    copies: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
 
     def reply(queries: Tensor) -> tuple[Tensor, Tensor]:
-        weights = {name: t.to(queries) for name, t in part.weights.items()}
+        kind = queries.device, queries.dtype
+        if kind not in copies:
+            with torch.inference_mode(False), torch.no_grad():  # passes that need gradients may use them later
+                copies[kind] = {name: t.to(*kind) for name, t in part.weights.items()}
+        weights = copies[kind]
         if part.form == "memory":
             return torch.ones(len(queries), dtype=torch.bool, device=queries.device), remember(weights, queries)
         gate, answers = defer(weights, queries)
@@ -65,7 +72,7 @@ def replaced(reply: Reply, place: Place, x: Tensor, y: Tensor, at: Tensor) -> Te
         steps, at = torch.arange(x.shape[1], device=x.device), at[:, None]
         where = {"last": steps == at, "all": (steps >= 0).expand(len(x), -1), "prompt": steps < at}[place.replace]
         hit, answer = hit[:, None] & where, answer if answer.dim() == 3 else answer[:, None]
-    return torch.where(hit[..., None], answer.to(y.dtype), y) if bool(hit.any()) else y
+    return torch.where(hit[..., None].to(y.device), answer.to(y), y) if bool(hit.any()) else y
 
 
 class Site:
@@ -83,10 +90,14 @@ class Site:
                 self.replies.append((book_reply(self.book), part.place))
             part.insert_into(self.book)
 
-    def __call__(self, x: Tensor, y: Tensor, at: Callable[[Place], Tensor]) -> Tensor:
-        """y (n, T, b) with all answers to x (n, T, a) in it. at: which column asks for each row, by place."""
+    def __call__(
+        self, x: Tensor, y: Tensor, at: Callable[[Place], Tensor], now: "_Pass | None" = None, row: int = -1
+    ) -> Tensor:
+        """y (n, T, b) with all answers to x (n, T, a) in it. at: which column asks for each row, by place; now: in which pass;
+        row: the only one of its batch that x is of, -1 for all of them."""
         for reply, place in self.replies:
-            y = replaced(reply, place, x, y, at(place))
+            heard = reply if now is None else now.heard(reply, place, len(x), row)
+            y = y if heard is None else replaced(heard, place, x, y, at(place))
         return y
 
 
@@ -106,6 +117,10 @@ def check_alike(parts: Iterable[OutputPart]) -> None:
 # -- the table -------------------------------------------------------------------------------------------------------------
 
 
+Answers = dict[tuple[Reply, int], tuple[Tensor, Tensor]]
+"""What start tokens were answered, by who answered and the row (-1: all)."""
+
+
 @dataclass
 class _Pass:
     """One forward pass: the mask of its columns (n, T), and how many columns the cache holds before them."""
@@ -113,6 +128,35 @@ class _Pass:
     mask: Tensor
     past: int
     ends: Tensor | None  # (n,) the column in which each row's prompt ends, from this pass's first one
+    answering: bool  # in a decoder behind an encoder
+    answers: Answers = field(default_factory=dict)
+    cache: Any = None  # the one that the pass was given
+
+    def heard(self, reply: Reply, place: Place, n: int, row: int) -> Reply | None:
+        """Who is asked in this pass, None for nobody.
+
+        In a decoder behind an encoder the start token asks for all that follow: with a cache once, in the pass that begins it.
+        Beams may change places behind it, but only with those of the same text, whose start tokens are alike. Raises EditError
+        where its answer is wanted and was not given.
+        """
+        if not self.answering or place.replace == "each":
+            return reply
+        if self.past and place.replace != "all":
+            return None
+
+        def first(queries: Tensor) -> tuple[Tensor, Tensor]:
+            return self.answers.setdefault((reply, row), reply(queries))
+
+        if not self.past:
+            return first
+        hit, answer = self.answers.get((reply, row), (None, None))
+        if hit is None or answer is None or len(hit) != n:
+            raise EditError(
+                f"a patch that replaces the outputs of all tokens at layer {place.layer} needs the answer to the start token behind a "
+                f"key-value cache, and that of these {n} rows was never asked; attach the patch before the start token is fed, or "
+                "use model.generate"
+            )
+        return lambda _: (hit, answer)
 
 
 class OutputTable(Suspendable):
@@ -126,6 +170,7 @@ class OutputTable(Suspendable):
         self._sites: dict[str, tuple[Site, dict[int, Site]]] = {}
         self._hooks: dict[str, RemovableHandle] = {}
         self._passes: list[_Pass] = []
+        self._answers: WeakKeyDictionary[Any, Answers] = WeakKeyDictionary()  # to the start tokens, by cache
         self._lengths: Sequence[int] | None = None
 
     @classmethod
@@ -225,6 +270,7 @@ class OutputTable(Suspendable):
                 module = submodule(self.model, path)
                 self._hooks[path] = module.register_forward_hook(self._hook(path), with_kwargs=True)
         self._passes.clear()
+        self._answers.clear()
         self._watch(bool(paths))
         forget_decisions(self.model)
 
@@ -270,7 +316,7 @@ class OutputTable(Suspendable):
     def _act(self, path: str, x: Tensor, y: Tensor, now: _Pass | None) -> Tensor:
         shared, each = self._sites[path]
         if self._rows is None:
-            return shared(x, y, lambda place: asking(place, x, now))
+            return shared(x, y, lambda place: asking(place, x, now), now)
         if len(x) != len(self._rows):
             raise EditError(
                 f"expected batches of {len(self._rows)} rows, as many as patches were attached by row, found {len(x)}; where "
@@ -283,18 +329,19 @@ class OutputTable(Suspendable):
             def at(place: Place, own: slice = own) -> Tensor:
                 return asking(place, x, now)[own]
 
-            new.append(each.get(i, shared)(x[own], y[own], at))
+            new.append(each.get(i, shared)(x[own], y[own], at, now, i))
         return torch.cat(new)
 
     def _before(self, answering: bool) -> Any:
         """The hook before a pass. answering: of a decoder behind an encoder, whose prompt is its start token."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = (kwargs.get("input_ids"), *args[:1], kwargs.get("inputs_embeds"))
+            named = arguments.named(module, args, kwargs)
+            given = (named.get("input_ids"), *args[:1], named.get("inputs_embeds"))
             ids = next((t for t in given if isinstance(t, Tensor)), None)
             if ids is None:
                 return
-            cache, mask = cache_given(kwargs), kwargs.get("attention_mask")
+            cache, mask = cache_given(named), named.get("attention_mask")
             past = cached_tokens(cache)
             n, T = ids.shape[:2]
             if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != (n, past + T):
@@ -306,13 +353,18 @@ class OutputTable(Suspendable):
                 counts = mask.bool().cumsum(1)
                 wanted = torch.tensor(list(self._lengths), device=counts.device)[:, None]
                 ends = (counts < wanted).sum(1) - past
-            self._passes.append(_Pass(mask[:, past:].bool(), past, ends))
+            answers = self._answers.get(cache, {}) if answering and past else {}
+            self._passes.append(_Pass(mask[:, past:].bool(), past, ends, answering, answers, cache))
 
         return hook
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._passes:
-            self._passes.pop()
+        if not self._passes:
+            return
+        done, cache = self._passes.pop(), cache_in(output)
+        cache = done.cache if cache is None else cache
+        if done.answers and not done.past and cache is not None:
+            self._answers[cache] = done.answers
 
 
 def _passing(model: nn.Module) -> list[tuple[nn.Module, bool]]:

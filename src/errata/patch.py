@@ -49,7 +49,7 @@ KINDS: dict[str, Any] = {
 class Patch:
     """Fitted edits. `requests[i]` is what was asked; `parts` realise them; `report` has one entry per request id.
 
-    base: what it was fitted on (family, sizes, hashes of tokenizer and touched weights).
+    config: JSON values, tuples as lists; base: what it was fitted on (family, sizes, hashes of tokenizer and touched weights).
     """
 
     method: str
@@ -58,6 +58,9 @@ class Patch:
     base: dict[str, Any]
     parts: tuple[Part, ...]
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", _as_json(self.config))  # a patch just fitted joins with one that was saved
 
     @cached_property
     def ids(self) -> tuple[str, ...]:
@@ -314,6 +317,13 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _as_json(value: Any) -> Any:
+    """A value as it comes back from JSON: tuples as lists."""
+    if isinstance(value, dict):
+        return {name: _as_json(own) for name, own in value.items()}
+    return [_as_json(own) for own in value] if isinstance(value, tuple | list) else value
 
 
 def _only(part: Part, edit: str) -> Part | None:

@@ -291,9 +291,10 @@ def fit_resumably(
 ) -> Any:
     """Fit what `done` (a patch of the first requests, or None) lacks, `batch` edits at a time, and join the patches.
 
-    Every few edits the finished ones go to `partial`, and at once if anything stops the work.
+    A method that takes streams goes on from the edits so far instead. Every few edits the finished ones go to `partial`, and at
+    once if anything stops the work.
     """
-    from errata.editors._items import later_wins
+    from errata.editors._items import later_wins, with_contradictions
 
     patch, kept, cost, last = done, len(done or ()), 0.0, time.perf_counter()
     progress(kept)
@@ -305,18 +306,21 @@ def fit_resumably(
             def count(done: int, _: int, before: int = start) -> None:
                 progress(before + done)
 
-            one = editor.fit(model, tokenizer, chunk, seed=seed, progress=count)
-            # equal gates as one object: a thousand copies of a projection would fill the memory
-            parts = tuple(
-                replace(part, gate=gates.setdefault(gate.digest, gate))
-                if (gate := getattr(part, "gate", None))
-                else part
-                for part in one.parts
-            )
-            one = replace(one, parts=parts)
-            patch = one if patch is None else patch + one
-            if editor.place != "external memory":
-                patch = later_wins(patch)  # also over an edit of a chunk before
+            if editor.streams and patch is not None:
+                patch = editor.fit(model, tokenizer, chunk, seed=seed, progress=count, onto=patch)
+            else:
+                one = editor.fit(model, tokenizer, chunk, seed=seed, progress=count)
+                # equal gates as one object: a thousand copies of a projection would fill the memory
+                parts = tuple(
+                    replace(part, gate=gates.setdefault(gate.digest, gate))
+                    if (gate := getattr(part, "gate", None))
+                    else part
+                    for part in one.parts
+                )
+                one = replace(one, parts=parts)
+                patch = one if patch is None else patch + one
+                if editor.place != "external memory":
+                    patch = later_wins(patch)  # also over an edit of a chunk before
             number = len(patch)
             progress(number)
             began = time.perf_counter()
@@ -328,7 +332,7 @@ def fit_resumably(
         if len(patch or ()) > kept:
             _keep(patch, seed, batch, partial)
         raise
-    return patch
+    return replace(patch, report=with_contradictions(patch.report, patch.requests))
 
 
 def _keep(patch: Any, seed: int, batch: int, partial: Path) -> None:

@@ -156,7 +156,10 @@ class _Run:
         x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
         shape, n = y.shape, len(self._running)
         wide = next(iter(self.weights.values())).dtype
-        x, y = x.reshape(n, -1, x.shape[-1]).to(wide), y.reshape(n, -1, shape[-1])  # OPT's MLP runs on (n * T, a)
+        x, y = (
+            x.reshape(n, -1, x.shape[-1]).to(y.device, wide),
+            y.reshape(n, -1, shape[-1]),
+        )  # OPT's MLP runs on (n * T, a)
         asks = [column_of(self.model, self.place.layer, item, self.place.ask) for item in self._running]
         at = torch.tensor(asks, device=x.device)
         if not self._training:

@@ -185,7 +185,7 @@ class Tuner:
                     loss, said = self.look(chunk)
                     if asks and curve and said and len(chunk) == len(items):
                         return {"curve": curve, "steps": made}
-                    whole = loss if penalty is None else loss + penalty(self.deltas)
+                    whole = loss if penalty is None else loss + penalty(self.deltas).to(loss.device)
                 total += float(loss.detach()) * len(chunk)
                 if float(loss.detach()) < config.stop:
                     continue

@@ -7,7 +7,8 @@ matter. Many edits go through the model at once: rows of a batch come in equal g
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -17,18 +18,20 @@ from torch.nn import functional as F
 from errata.dense import Dense
 from errata.edit import EditRequest
 from errata.editor import Progress, quiet
-from errata.editors._items import later_wins
+from errata.editors._items import later_wins, refuse_known, with_contradictions
 from errata.editors._learned import Batches, LearnedConfig, LearnedEditor, Learner
 from errata.editors._value_search import _without_gradients
-from errata.errors import AnatomyError, ConfigError
+from errata.errors import AnatomyError, ConfigError, UnsupportedPatchError
 from errata.low_rank import LowRank
 from errata.low_rank_table import base_layer, sizes
+from errata.merge import merge
 from errata.model.anatomy import Site, anatomy, submodule
 from errata.model.fingerprint import base_of
 from errata.model.generate import greedy_answers
 from errata.model.hooks import Hooks, first_tensor, with_first_tensor
+from errata.model.states import input_device
 from errata.model.targets import IGNORED, Supervised, supervised
-from errata.patch import Part, Patch
+from errata.patch import Part, Patch, check_fits
 from errata.training import TrainingItem
 
 GROUP = 16  # requests that are fitted as one batch
@@ -178,7 +181,11 @@ def logits_of(model: Any, asked: Supervised, rows: Sequence[int] | None = None) 
 
 
 def signals(model: Any, maps: Sequence[LinearMap], asked: Supervised) -> tuple[list[Signal], Tensor]:
-    """(one Signal a map, the logits) of each row's own negative log-likelihood; weights need no gradient and get none."""
+    """(one Signal a map, the logits) of each row's own negative log-likelihood; weights need no gradient and get none.
+
+    All signals are where the model takes its token ids, also when layers are spread over several devices.
+    """
+    device = input_device(model)
     n, xs, zeros = len(asked.labels), dict[str, Tensor](), dict[str, Tensor]()
 
     def probe(path: str) -> Any:
@@ -193,7 +200,7 @@ def signals(model: Any, maps: Sequence[LinearMap], asked: Supervised) -> tuple[l
     with torch.enable_grad(), Hooks(model, forward=[(m.path, probe(m.path)) for m in maps]):
         logits = logits_of(model, asked)
         found = torch.autograd.grad(asked.nll(logits).sum(), [zeros[m.path] for m in maps])
-    rows = [(wide(xs[m.path]), wide(g)) for m, g in zip(maps, found, strict=True)]
+    rows = [(wide(xs[m.path]).to(device), wide(g).to(device)) for m, g in zip(maps, found, strict=True)]
     return [Signal(x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])) for x, g in rows], logits.detach()
 
 
@@ -382,19 +389,27 @@ class HyperEditor(LearnedEditor[H]):
         *,
         seed: int = 0,
         progress: Progress | None = None,
+        onto: Patch | None = None,
     ) -> Patch:
         """The trained network's updates for the requests, each from the unedited model.
 
-        Raises ConfigError that names `errata train` where there is no artefact, BaseMismatchError for another model's, and
-        RequestError, SubjectNotFoundError as every editor does. The report says of each edit alone whether it took; of two that
+        onto: a patch of this network's that they come on top of: each is then from the model with it merged, and the result holds
+        its edits too. Raises ConfigError that names `errata train` where there is no artefact, or if `onto` is another's,
+        BaseMismatchError for another model's, UnsupportedPatchError if `onto` cannot be merged, and RequestError,
+        SubjectNotFoundError as every editor does. The report says of each edit alone whether it took; of two requests that
         contradict each other the later is kept, and both are reported.
         """
         self.check(requests, model, tokenizer)
         config, header, tensors = self.trained(model, tokenizer)
-        maps = self.maps(model, config)
+        about, maps = self.recorded(model, tokenizer), self.maps(model, config)
+        base = base_of(model, tokenizer, self.edited_weights(model, config))
+        if onto is not None:
+            refuse_known(onto, requests)
+            _check_onto(onto, self.method, about, model, tokenizer)
         columns: list[list[tuple[str, Tensor, Tensor]]] = [[] for _ in maps]
         biases, report = list[Part](), dict[str, dict[str, Any]]()
-        with quiet(model), _without_gradients(model), torch.random.fork_rng(devices=[]):
+        past = merge(onto, model, tokenizer) if onto is not None else nullcontext()
+        with past, quiet(model), _without_gradients(model), torch.random.fork_rng(devices=[]):
             network = self.network(model, maps, config)
             network.load_state_dict(tensors)
             network.eval().requires_grad_(False)
@@ -430,9 +445,26 @@ class HyperEditor(LearnedEditor[H]):
             if edits:
                 U, V = torch.cat([U for _, U, _ in kept], 1), torch.cat([V for _, _, V in kept], 1)
                 parts.append(LowRank(edits, U, V, m.layer, m.site))
-        base = base_of(model, tokenizer, self.edited_weights(model, config))
-        about = self.recorded(model, tokenizer)
-        return later_wins(Patch(self.method, about, tuple(requests), base, (*parts, *biases), report))
+        made = later_wins(Patch(self.method, about, tuple(requests), base, (*parts, *biases), report))
+        if onto is None:
+            return made
+        both = replace(onto, requests=onto.requests + made.requests, parts=onto.parts + made.parts)
+        return replace(both, report=with_contradictions(onto.report | made.report, both.requests))
+
+
+def _check_onto(patch: Patch, method: str, about: dict[str, Any], model: Any, tokenizer: Any) -> None:
+    """Raise BaseMismatchError, ConfigError or UnsupportedPatchError if these edits cannot come on top of the patch's."""
+    check_fits([patch], model, tokenizer)
+    if (patch.method, patch.config) != (method, about):
+        raise ConfigError(
+            f"expected a {method} patch of the same network and options to go on from, found a {patch.method} patch of others; fit "
+            "without it, or with the artefact that it was fitted with"
+        )
+    if patch.dense:
+        raise UnsupportedPatchError(
+            f"a {method} patch that edits biases is not merged, so no edits can be fitted on top of it; fit them apart and join the "
+            "patches"
+        )
 
 
 class Fitting:

@@ -59,12 +59,8 @@ class FTEWC(FineTuner[FTEWCConfig]):
         anchor = {name: delta.detach().clone() for name, delta in tuner.deltas.items()}
 
         def penalty(deltas: dict[str, Tensor]) -> Tensor:
-            return (
-                self.config.lam
-                * torch.stack(
-                    [(weights[name] * (delta - anchor[name]).square()).sum() for name, delta in deltas.items()]
-                ).sum()
-            )
+            pulls = [(weights[name] * (delta - anchor[name]).square()).sum() for name, delta in deltas.items()]
+            return self.config.lam * torch.stack([pull.to(pulls[0].device) for pull in pulls]).sum()
 
         return tuner.train([item], penalty)
 

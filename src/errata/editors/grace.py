@@ -167,7 +167,8 @@ class GRACE(Editor[GRACEConfig]):
         progress: Progress | None = None,
         onto: Patch | None = None,
     ) -> Patch:
-        """Fit requests in order. onto: a patch of this codebook that they come on top of; the result holds its edits too.
+        """Fit requests in order. onto: a patch of this codebook that they come on top of; the result holds its edits too, and says
+        anew which of them the model still says.
 
         Raises RequestError, SubjectNotFoundError, AnatomyError for a layer or site that is not there, ConfigError for a token
         that cannot ask there, or if `onto` is of another layer or other rules, BaseMismatchError if it is of another model.
@@ -178,13 +179,12 @@ class GRACE(Editor[GRACEConfig]):
         before = onto or Patch(self.method, asdict(self.config), (), base_of(model, tokenizer), ())
         refuse_known(before, requests)
         _check_onto(before, place, rules, model, tokenizer)
-        items = items_of(tokenizer, requests, self.config.ending)
-        report: dict[str, dict[str, Any]] = {}
+        items, known_items = (items_of(tokenizer, own, config.ending) for own in (requests, before.requests))
+        everything = before.requests + tuple(requests)
+        report = {i: dict(own) for i, own in before.report.items()}
         with quiet(model), _without_gradients(model):
             stream = _Stream(self.config, model, tokenizer, place, key, Codebook(rules), seed)
-            stream.know(
-                [*before.requests, *requests], [*items_of(tokenizer, before.requests, self.config.ending), *items]
-            )
+            stream.know(everything, [*known_items, *items])
             for known in before.parts:
                 stream.keep(known)
             with Hooks(model, forward=[(place.path(parts), stream.hook)]):
@@ -194,11 +194,10 @@ class GRACE(Editor[GRACEConfig]):
                         report[requests[i].id] = stream.edit(requests[i], items[i])
                         if progress is not None:
                             progress(i + 1, len(items))
-                said = stream.says(items)
-        for request, right in zip(requests, said, strict=True):
-            report[request.id] |= {"layer": place.layer, "converged": right}
-        everything = before.requests + tuple(requests)
-        report = with_contradictions(before.report | report, everything)
+                said = stream.says([*known_items, *items])
+        for request, right in zip(everything, said, strict=True):
+            report[request.id] = {**report.get(request.id, {}), "layer": place.layer, "converged": right}
+        report = with_contradictions(report, everything)
         return replace(
             before, config=asdict(self.config), requests=everything, parts=tuple(stream.parts), report=report
         )
@@ -248,7 +247,7 @@ class _Stream:
             return None
         x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
         shape, n = y.shape, len(self._running)
-        x, y = x.reshape(n, -1, x.shape[-1]), y.reshape(n, -1, shape[-1])  # OPT's MLP runs on (n * T, a)
+        x, y = x.to(y.device).reshape(n, -1, x.shape[-1]), y.reshape(n, -1, shape[-1])  # OPT's MLP runs on (n * T, a)
         at = torch.tensor([self._column(item) for item in self._running], device=x.device)
         if self._own is not None:
             own, place = self._own, replace(self.place, replace=ALONE.get(self.place.replace, self.place.replace))
@@ -363,8 +362,10 @@ class _Stream:
         return self.config.radius or float(reach * torch.linalg.vector_norm(key))
 
     def _again(self, edits: Sequence[str]) -> list[str]:
-        """Give a key of its own to each of these edits that the balls behind it, which had to give way, no longer answer."""
-        waiting, made = list(dict.fromkeys(edits)) if self.config.guard else [], list[str]()
+        """Give a key of its own to each of these edits, and of those that they cover, that the balls behind it, which had to
+        give way, no longer answer; not where a later edit of another label has its very key."""
+        waiting = list(dict.fromkeys([*edits, *self._behind_cover(edits)])) if self.config.guard else []
+        made = list[str]()
         while waiting:
             found = self.book.find(torch.stack([self._latest[edit].key for edit in waiting]))[0].tolist()
             lost = [
@@ -374,15 +375,30 @@ class _Stream:
             ]
             waiting = []
             for part in (self._latest[edit] for edit in lost if edit not in made):
+                if self._overridden(part):
+                    continue
                 done = self.book.insert(part.key, part.value, part.radius, part.label, part.edit)
                 shared = done.outcome in ("cover", "expand")
                 value = self.book.values[done.entry] if shared else part.value
-                part = replace(part, key=part.key.clone(), value=value.clone())  # a file holds no tensor twice
+                # a file holds no tensor twice, and who has a key of its own is covered by nobody
+                part = replace(part, key=part.key.clone(), value=value.clone(), covered_by=())
                 self.book.set_value(done.entry, part.value)
                 self._note(part)
                 made.append(part.edit)
-                waiting += done.shrunk
+                waiting += [*done.shrunk, *self._behind_cover(done.shrunk)]
+            waiting = list(dict.fromkeys(waiting))
         return made
+
+    def _behind_cover(self, edits: Sequence[str]) -> list[str]:
+        """The edits that have no key of their own, since some of these cover them."""
+        gone = set(edits)
+        return [part.edit for part in self._latest.values() if gone.intersection(part.covered_by)]
+
+    def _overridden(self, part: CodebookEntry) -> bool:
+        """Whether an entry of another label stands at the part's very key: a later edit of it, which holds."""
+        far = torch.linalg.vector_norm(self.book.keys - part.key.to(self.book.keys), dim=-1)
+        near, slack = int(far.argmin()), self.book.rules.same * float(torch.linalg.vector_norm(part.key))
+        return float(far[near]) <= slack and self.book.labels[near] != part.label
 
     # -- keys and values ---------------------------------------------------------------------------------------------
 
@@ -465,7 +481,7 @@ class _Stream:
         if not config.norm:
             return losses, losses.sum()
         away = (own - starts[left]).square().sum(-1) / starts[left].square().sum(-1)
-        return losses, losses.sum() + config.norm * away.sum()
+        return losses, losses.sum() + config.norm * away.sum().to(losses.device)
 
     def _first(self, output: Tensor) -> Tensor:
         """Where a value starts that is not searched: (b,)."""

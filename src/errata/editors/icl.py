@@ -14,6 +14,7 @@ from typing import Any
 
 from errata.edit import EditRequest
 from errata.editor import Editor, Progress, quiet
+from errata.editors._items import with_contradictions
 from errata.editors._scope import Scope, context_part, gate_named
 from errata.errors import ConfigError
 from errata.model.fingerprint import base_of
@@ -74,4 +75,5 @@ class ICL(Editor[ICLConfig]):
                 report[request.id] = note
                 if progress:
                     progress(number, len(requests))
+        report = with_contradictions(report, requests)
         return Patch(self.method, asdict(config), tuple(requests), base_of(model, tokenizer), tuple(parts), report)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from errata.edit import EditRequest, read_requests
 from errata.editor import Editor, Progress, quiet
+from errata.editors._items import with_contradictions
 from errata.editors._scope import Scope, context_part, gate_named
 from errata.errors import ConfigError, RecordError
 from errata.model.anatomy import Site, anatomy
@@ -152,6 +153,7 @@ class IKE(Editor[IKEConfig]):
                     progress(number, len(requests))
         about = asdict(config) | {"demonstrations": _digest(pool)}
         about["ratio"] = list(config.ratio) if config.ratio else None
+        report = with_contradictions(report, requests)
         return Patch(self.method, about, tuple(requests), base, tuple(parts), report)
 
     def _vectors(self, pool: Sequence[Demonstration], encode: "_Encoder", base: dict[str, Any]) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from errata.edit import EditRequest, Implication
 from errata.editor import Editor, Progress, quiet
+from errata.editors._items import with_contradictions
 from errata.editors._scope import Scope, gate_named
 from errata.errors import ConfigError, RequestError
 from errata.maths.transport import LinearMap, gaussian_distance, gaussian_transport, mean_shift
@@ -202,6 +203,7 @@ def fit_each(
             resolved.append(request)
             if progress:
                 progress(number, len(requests))
+    report = with_contradictions(report, resolved)
     return Patch(editor.method, asdict(editor.config), tuple(resolved), base_of(model, tokenizer), tuple(parts), report)
 
 

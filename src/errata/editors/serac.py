@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from errata.counterfactual import Counterfactual, Expert, blank, mixed, read
 from errata.edit import EditRequest
 from errata.editor import Progress, quiet
+from errata.editors._items import with_contradictions
 from errata.editors._learned import Batches, LearnedConfig, LearnedEditor, Learner
 from errata.errors import ConfigError
 from errata.model.anatomy import anatomy
 from errata.model.fingerprint import base_of
 from errata.model.labels import label_id
+from errata.model.room import room
 from errata.model.states import input_device
 from errata.model.tokens import continuation_ids, pad, token_ids
 from errata.patch import Patch
@@ -158,7 +160,7 @@ class SERAC(LearnedEditor[SERACConfig]):
                 report[request.id] = {"converged": said, "wordings_in_scope": round(float(inside.float().mean()), 4)}
                 if progress is not None:
                     progress(number, len(requests))
-        about = self.recorded(model, tokenizer)
+        about, report = self.recorded(model, tokenizer), with_contradictions(report, requests)
         return Patch(self.method, about, tuple(requests), base_of(model, tokenizer), tuple(parts), report)
 
 
@@ -169,7 +171,7 @@ Row = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 
 def record_ids(tokenizer: Any, prompt: str, target: str) -> list[int]:
-    """An edit as h reads it: the prompt with its answer, on a line of its own."""
+    """An edit as h reads it: the prompt with its answer, on a line of its own; `counterfactual.fitting` cuts a long one."""
     return token_ids(tokenizer, [f"{prompt} {target}\n"])[0]
 
 
@@ -407,8 +409,8 @@ class SERACLearner(Learner):
 
     def _both(self, rows: Sequence[Row]) -> list[tuple[Tensor, Tensor]]:
         """For each row the logits (len(target), V or labels) of the edited model, without gradients, and of h, for its target."""
-        classifies = anatomy(self.model).role == "classifier"
-        fed = [[*ids, *([] if classifies else target[:-1])] for _, ids, target in rows]
+        classifies, limit = anatomy(self.model).role == "classifier", room(self.model)
+        fed = [[*ids, *([] if classifies else target[:-1])][-limit if limit else 0 :] for _, ids, target in rows]
         with torch.no_grad():
             logits = self.model(**pad(fed, 0, input_device(self.model)).inputs(self.model)).logits
         theirs = read(self.module.h, [(row[0], own) for row, own in zip(rows, fed, strict=True)])

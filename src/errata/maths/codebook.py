@@ -78,6 +78,7 @@ class Codebook:
         self.tags: list[list[str]] = []
         self._n = 0
         self._keys = self._values = self._radii = torch.empty(0)
+        self._copies: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}  # until it changes
 
     def __len__(self) -> int:
         return self._n
@@ -97,6 +98,15 @@ class Codebook:
         """(n,)"""
         return self._radii[: self._n]
 
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and radii on a device; a copy there is kept until the codebook changes."""
+        if self._keys.device == device:
+            return self.keys, self.values, self.radii
+        if device not in self._copies:
+            with torch.inference_mode(False), torch.no_grad():  # passes that need gradients may use it later
+                self._copies[device] = self.keys.to(device), self.values.to(device), self.radii.to(device)
+        return self._copies[device]
+
     # -- inserting ---------------------------------------------------------------------------------------------------
 
     def insert(self, key: Tensor, value: Tensor, radius: float, label: Sequence[int], tag: str = "") -> Insertion:
@@ -106,6 +116,7 @@ class Codebook:
         """
         key, value, label = key.detach(), value.detach(), tuple(label)
         self._check(key, value, radius, label)
+        self._copies.clear()
         if not self._n:
             return self._new("add", key, value, radius, label, tag, float("inf"))
         far = torch.linalg.vector_norm(self.keys - key.to(self._keys), dim=-1)
@@ -116,6 +127,7 @@ class Codebook:
 
     def set_value(self, entry: int, value: Tensor) -> None:
         """Give an entry another value (b,)."""
+        self._copies.clear()
         self._values[entry] = value.detach().to(self._values)
 
     def _published(
@@ -239,7 +251,7 @@ class Codebook:
         distance = torch.full((m,), torch.inf, dtype=self._keys.dtype, device=queries.device)
         if not self._n or not m:
             return entry, distance
-        keys, radii = self.keys.to(queries.device), self.radii.to(queries.device)
+        keys, _, radii = self.on(queries.device)
         queries = queries.to(keys)
         rough, slack = self._rough(queries, keys)
         nearest = rough.min(-1, keepdim=True).values

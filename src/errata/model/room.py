@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from errata.errors import RequestError
-from errata.model.tokens import token_ids
+from errata.model.tokens import COUNT_BEHIND_PADDING, token_ids
 
 _SHOWN = 60  # characters of a prompt in a message
 
@@ -18,6 +18,8 @@ def room(model: Any) -> int | None:
     if "dynamic" in (rope.get("rope_type"), rope.get("type")):
         return None
     length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if isinstance(length, int) and config.model_type in COUNT_BEHIND_PADDING:
+        length -= (config.pad_token_id or 0) + 1
     return length if isinstance(length, int) and length > 0 else None
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from errata.errors import ConfigError, RequestError, ShapeError, SubjectNotFoundError
 
 Side = Literal["right", "left"]
-_COUNT_THEMSELVES = {"roberta", "xlm-roberta", "camembert"}  # positions that begin behind the padding's id
+COUNT_BEHIND_PADDING = {"roberta", "xlm-roberta", "camembert"}  # positions that begin behind the padding's id
 _ANCHORS = ("a", ":", "\n")  # short prompts to which a target is joined when it merges with the real one
 
 
@@ -39,7 +39,7 @@ class Batch:
         """Keyword arguments for `model`: position_ids only where its forward has them and counts from 0."""
         inputs = {"input_ids": self.ids, "attention_mask": self.mask}
         known = "position_ids" in inspect.signature(model.forward).parameters
-        if known and getattr(getattr(model, "config", None), "model_type", "") not in _COUNT_THEMSELVES:
+        if known and getattr(getattr(model, "config", None), "model_type", "") not in COUNT_BEHIND_PADDING:
             inputs["position_ids"] = self.position_ids
         return inputs
 

@@ -5,7 +5,7 @@ With a cache a model is given the last ids only. The earlier ones come from `gen
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -100,22 +100,20 @@ class SeenIds:
         if of in self._caches:
             self._caches[cache] = self._caches[of]
 
-    def begin(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], lengths: Sequence[int] | None, whole_rows: bool
-    ) -> Pass:
-        """The pass that a model called with these arguments begins.
+    def begin(self, given: Mapping[str, Any], lengths: Sequence[int] | None, whole_rows: bool) -> Pass:
+        """The pass that a model called with these arguments (by name) begins.
 
         Raises EditError where ids are missing, or the mask is not over all of them.
         """
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = given.get("input_ids")
         if ids is None:
             raise EditError(
                 "a steering patch reads the token ids, but the model was called without input_ids; pass input_ids instead of inputs_embeds"
             )
-        cache = cache_given(kwargs)
+        cache = cache_given(given)
         past = cached_tokens(cache)
         full = self._full_ids(ids, cache, past)
-        mask = kwargs.get("attention_mask")
+        mask = given.get("attention_mask")
         mask = torch.ones_like(full) if mask is None or mask.dim() != 2 else mask
         if mask.shape != full.shape:
             raise EditError(

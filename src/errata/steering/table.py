@@ -25,6 +25,7 @@ from torch import Tensor
 
 from errata.counterfactual import LOGITS
 from errata.model.anatomy import anatomy
+from errata.model.arguments import named
 from errata.model.attached import STEERED, Suspendable
 from errata.model.cache import cache_in
 from errata.model.hooks import first_tensor, with_first_tensor
@@ -185,7 +186,7 @@ class SteeringTable(Suspendable):
             self._passes.clear()  # an interrupt may have left one
         if self._off:
             return
-        self._passes.append(self._seen.begin(args, kwargs, self._lengths, self._whole_rows))
+        self._passes.append(self._seen.begin(named(model, args, kwargs), self._lengths, self._whole_rows))
 
     def _after(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
         if not self._passes:

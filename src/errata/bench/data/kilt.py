@@ -165,7 +165,7 @@ def annotated(model: Any, tokenizer: Any, records: Sequence[KiltRecord]) -> list
     texts = [text for r in records for text in (r.input, *r.rephrases)]
     answers = iter(greedy_answers(model, tokenizer, texts))
     logits: Mapping[str, float] = {}
-    if records and records[0].output[0].answer in FEVER_LABELS:
+    if any(answer in FEVER_LABELS for record in records for answer in record.answers):
         refutes, supports = (label_names(model).index(name) for name in FEVER_LABELS)
         scores = label_logits(model, tokenizer, [r.input for r in records])
         logits = dict(zip((r.id for r in records), (scores[:, supports] - scores[:, refutes]).tolist(), strict=True))
