@@ -5,6 +5,7 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ _TINY = 1.5 * 2.0**-17
 _CHUNK = 1 << 24
 # Texts whose ids stand for the rules around the vocabulary: spaces, case, accents, digits, line breaks, bytes.
 _PROBES = (" The Café's 1,234 naïve\tUsers\n\n  wrote:  “Ångström” 東京 🙂", "x", "Hello world!")
+# Of each tokenizer what it was when it was last hashed, and the hash.
+_HASHED: "WeakKeyDictionary[Any, tuple[tuple[str, dict[str, int | None]], str]]" = WeakKeyDictionary()
 
 
 def base_of(
@@ -105,22 +108,28 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     splitting rules count by the ids that they give to the probe texts, not by their JSON, which differs between
     releases of transformers for one and the same tokenizer.
     """
+    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk")}
+    # Fits and attachments ask again and again; the backend's own text, which is quick to get, tells whether anything has changed.
+    stands = (getattr(tokenizer, "backend_tokenizer").to_str(), special) if tokenizer.is_fast else None  # noqa: B009
+    known = _HASHED.get(tokenizer)
+    if known is not None and known[0] == stands:
+        return known[1]
     content = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "model": _model_table(tokenizer),
-        "special": {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk")},
-        "probes": [token_ids(tokenizer, _PROBES, special=special) for special in (True, False)],
+        "model": _model_table(stands[0]) if stands else {},
+        "special": special,
+        "probes": [token_ids(tokenizer, _PROBES, special=framed) for framed in (True, False)],
     }
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return f"sha256:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+    found = f"sha256:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+    if stands is not None:
+        _HASHED[tokenizer] = (stands, found)
+    return found
 
 
-def _model_table(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Merges (BPE) or scored pieces (Unigram) of the backend; empty if there is none."""
-    if not tokenizer.is_fast:
-        return {}
-    backend: Any = getattr(tokenizer, "backend_tokenizer")  # noqa: B009
-    model = json.loads(backend.to_str())["model"]
+def _model_table(backend: str) -> dict[str, Any]:
+    """Merges (BPE) or scored pieces (Unigram) of a backend, of which this is the text."""
+    model = json.loads(backend)["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
     return {"merges": merges, "pieces": model["vocab"] if isinstance(model.get("vocab"), list) else []}
 
