@@ -15,7 +15,7 @@ from errata.bench.cases import Case, Probe
 from errata.bench.data import DATASETS, Problem, check, load_cases, load_facts, one_edit_per_fact
 from errata.bench.data.faults import check_cases, without
 from errata.bench.data.registry import data_folder, find, first_of_each_fact, layout_of
-from errata.bench.data.ripple import IN_FIT, NOT_IN_FIT, RippleRecord, ripple_case, ripple_request
+from errata.bench.data.ripple import IN_FIT, NOT_IN_FIT, RippleRecord, load_ripple, ripple_case, ripple_request
 from errata.bench.data.snippets import load_snippets, published_tfidf, references, snippet_tfidf
 from errata.cli import app
 from errata.edit import EditRequest, Implication
@@ -237,6 +237,19 @@ def test_a_ripple_case(tmp_path: Path) -> None:
     assert json.loads(case.id) == ["Q1", "SPOUSE", "Q2"]
     [left] = [p for p in check_cases([case]) if p.kind == "unasked"]
     assert (left.case, left.unit) == (case.id, "logical_generalization:2")
+
+
+def test_a_querys_subject_may_be_a_list(tmp_path: Path) -> None:
+    """As the published entailments of a spouse's siblings have it."""
+    lists = [query("The siblings of Bo Reed are", "Cy", subject_id=ids) for ids in (["Q2"], ["Q2", "Q9"])]
+    path = saved(tmp_path / "popular.json", ripple(Logical_Generalization=[a_test(lists, [lists[0]])]))
+    [case] = load_cases("ripple-popular", path=path)
+    assert len(asked(case, "logical_generalization")) == 2
+    [record] = load_ripple(path)
+    assert {q.subject_id for q in record.logical_generalization[0].test_queries} == {"Q2"}
+    nobody = a_test([query("The siblings of Bo Reed are", "Cy", subject_id=[])], [])
+    with pytest.raises(RecordError, match="row 1, field Logical_Generalization.0.test_queries.0.subject_id"):
+        load_ripple(saved(path, ripple(Logical_Generalization=[nobody])))
 
 
 @pytest.mark.parametrize(
