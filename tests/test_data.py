@@ -272,6 +272,39 @@ def test_a_statement_is_parted_into_prompt_and_object(said: str, original: str |
     assert request.subject is None  # no other prompt about it says which words it is
 
 
+LORD = "The Lord of the Rings: The Two Towers"
+
+
+@pytest.mark.parametrize(
+    ("relation", "said", "others", "subject"),
+    [
+        ("FOLLOWS", "QAnon follows", ["The name of the country which QAnon is associated with is"], "QAnon"),
+        ("FOLLOWED_BY", "Cardi B is followed by", ["The gender of Cardi B is"], "Cardi B"),
+        ("FOLLOWS", "Kanye West follows", ["Kanye West is followed by"], "Kanye West"),
+        ("FOLLOWS", "St. Louis follows", ["The name of the mayor of St. Louis is"], "St. Louis"),
+        ("FOLLOWS", f"{LORD} follows", [f"The name of the director of {LORD} is"], LORD),
+        ("FOLLOWS", f"{LORD} follows", [f"{LORD} is followed by"], LORD.removeprefix("The ")),
+        ("SPOUSE", "The name of the spouse of Ada Quill is", ["The gender of Ada Quill is"], "Ada Quill"),
+        # no other prompt about it: as the published statements are worded
+        ("FOLLOWS", "QAnon follows", [], "QAnon"),
+        ("FOLLOWED_BY", f"{LORD} is followed by", [], LORD),
+        ("PLACE_OF_BIRTH", "The place of birth of Ada Quill is", [], "Ada Quill"),
+        ("SIBLING", "The names of the siblings of Ada of Tarn are", [], "Ada of Tarn"),
+        ("SEX_OR_GENDER", "The gender of Ada Quill is", [], "Ada Quill"),
+        ("AUTHOR", "The author of the tale of Genji is", [], None),
+        ("LEAGUE", "The name of the league which Tarn plays in is", [], None),
+    ],
+)
+def test_the_subject_is_found_wherever_it_stands(
+    relation: str, said: str, others: list[str], subject: str | None
+) -> None:
+    tests = [a_test([query(prompt, "x", subject_id="Q1", relation="COUNTRY") for prompt in others], [])]
+    edit = {**fact(f"{said} Bo Reed.", "Q2"), "relation": relation}
+    row = ripple(edit=edit, Relation_Specificity=tests if others else [], Compositionality_I=[], Subject_Aliasing=[])
+    request = ripple_request(RippleRecord.model_validate(row))
+    assert (request.text, request.subject) == (said, subject)
+
+
 def test_an_object_that_holds_a_copula_is_found_by_the_aliasing_tests() -> None:
     alias = a_test([query("The name of the anthem of Eldor is", "This is Home", subject_id="Q1")], [])
     row = ripple(edit=fact("The name of the anthem of the Realm is This is Home.", "Q2"), Subject_Aliasing=[alias])

@@ -233,7 +233,8 @@ def ripple_request(record: RippleRecord) -> EditRequest:
 
     Prompt and object are parted at the copula; where the object may hold one too, by what the sentence shares with the
     original fact's, or by a name that the aliasing tests expect. The subject is what the prompt shares with prompts about other
-    relations of it; where there are none, the request has no subject, and methods that need one refuse it.
+    relations of it, or what stands where the published statements have it; else the request has no subject, and methods that need
+    one refuse it.
     Raises FieldError for a sentence without a copula.
     """
     edit = record.edit
@@ -284,14 +285,24 @@ def _subject(record: RippleRecord, prompt: str) -> str | None:
             others = query.prompt.split(" ")
             for block in SequenceMatcher(None, words, others, autojunk=False).get_matching_blocks():
                 run = words[block.a : block.a + block.size]
-                if block.a == 0 and run:
-                    run[0] = run[0].casefold()  # "The" at the beginning of the sentence
+                if block.a == block.b == 0 and run[:1] == ["The"]:
+                    del run[0]  # of the sentence; the subject's own where it stands inside the other prompt
                 while run and run[0] in frame:
                     run.pop(0)
                 while run and run[-1] in frame:
                     run.pop()
                 text = " ".join(run)
-                if text and text in prompt:
+                if text not in ("", "The"):
                     found.add(text)
     named = [text for text in found if any(c.isupper() or c.isdigit() for c in text)] or list(found)
-    return max(named, key=lambda text: (len(text), text), default=None)
+    return max(named, key=lambda text: (len(text), text), default=_stated(edit.relation, prompt))
+
+
+def _stated(relation: str, prompt: str) -> str | None:
+    """The subject as the published statements name it: "X follows", or behind "of" where only the relation's words come before."""
+    if relation in ("FOLLOWS", "FOLLOWED_BY"):
+        match = re.fullmatch(r"(.+?) (?:is followed by|follows)", prompt)
+        return match[1] if match else None
+    match = re.fullmatch(r"The ([a-z ]+) of ((?:the )?[A-Z0-9].*) (?:is|are)", prompt)
+    own = {form for word in relation.casefold().split("_") for form in (word, f"{word}s")}
+    return match[2] if match and set(match[1].split()) <= _FRAME | own else None
