@@ -313,15 +313,23 @@ def test_an_object_that_holds_a_copula_is_found_by_the_aliasing_tests() -> None:
 
 
 @pytest.mark.parametrize("blank", ["", " "])
-def test_a_blank_name_is_a_bad_row(blank: str, tmp_path: Path) -> None:
-    answer = {"value": "Cy", "aliases": ["Cyril", blank]}
-    test = a_test([query("Bo Reed's son is", answers=[answer])], [])
-    path = saved(tmp_path / "popular.json", ripple(), ripple(Logical_Generalization=[test]))
-    where = "row 2, field Logical_Generalization.0.test_queries.0.answers.0.aliases.1: expected a name, found"
-    with pytest.raises(RecordError, match=where):
-        load_cases("ripple-popular", path=path)
-    with pytest.warns(UserWarning, match=where):
-        assert len(load_cases("ripple-popular", path=path, bad="skip")) == 1
+def test_a_blank_name_is_dropped_and_an_answer_without_another_is_not_asked(blank: str, tmp_path: Path) -> None:
+    """As Wikidata has entities without a label, and RippleEdits their blank names."""
+    named = [{"value": "Cy", "aliases": ["Cyril", blank]}, {"value": blank, "aliases": ["Di", "Diana"]}]
+    nameless = [{"value": "Cy"}, {"value": blank, "aliases": [blank]}]
+    tests = [a_test([query("Bo Reed's son is", answers=answers)], []) for answers in (named, nameless)]
+    unmet = a_test([query("Bo Reed's son is", "Cy")], [query("Bo Reed is", answers=nameless[1:])])
+    path = saved(tmp_path / "popular.json", ripple(Logical_Generalization=[*tests, unmet]))
+    [case] = load_cases("ripple-popular", path=path)
+    [probe] = asked(case, "logical_generalization")
+    assert probe.answers == (("Cy", "Cyril"), ("Di", "Diana")) and probe.expected == ("Cy", "Cyril", "Di", "Diana")
+    assert case.tags["unasked"] == "logical_generalization:1 logical_generalization:2"
+    found = [(p.row, p.unit) for p in check("ripple-popular", path=path) if p.kind == "unasked"]
+    assert found == [(1, "logical_generalization:1"), (1, "logical_generalization:2")]
+    [portable] = counterfact()["portability_prompts"]
+    path = saved(tmp_path / "cf.json", counterfact(portability_prompts=[{**portable, "answer": {"value": blank}}]))
+    with pytest.raises(RecordError, match="row 1, field portability_prompts.0: expected an answer with a name"):
+        load_cases("counterfact", path=path)
 
 
 def test_a_statement_without_a_copula_is_a_bad_row(tmp_path: Path) -> None:

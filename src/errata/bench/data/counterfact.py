@@ -56,6 +56,12 @@ class PortabilityPrompt(Row):
     form: Literal["cloze", "question"] = "cloze"
     condition_prompt: str = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _is_answered(self) -> "PortabilityPrompt":
+        if not self.answer.names:
+            raise ValueError("expected an answer with a name, found blank ones")
+        return self
+
 
 class CounterFactRecord(Row):
     """One record of CounterFact or multi-CounterFact."""
@@ -140,7 +146,7 @@ def counterfact_case(
     probes += [Probe("generation", prompt) for prompt in record.generation_prompts]
     for i, asked in enumerate(record.portability_prompts):
         tags = {"relation": asked.relation, "form": asked.form}
-        before = (asked.answer_true.value,) if asked.answer_true else ()
+        before = asked.answer_true.names[:1] if asked.answer_true else ()
         test = f"portability:{i}"
         condition = asked.condition_prompt
         probes += [

@@ -8,9 +8,9 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError, model_validator
 
 from errata.bench.cases import Case
 from errata.errors import RecordError, RequestError
@@ -38,25 +38,26 @@ class Row(BaseModel):
         return data
 
 
-def _no_blank(name: str) -> str:
-    if not name.strip():
-        raise ValueError(f"expected a name, found {name!r}, with which every text begins; take it out")
-    return name
-
-
-Name = Annotated[str, AfterValidator(_no_blank)]
-
-
 class Answer(Row):
-    """An answer and the other names that count as it."""
+    """An answer and the other names that count as it. Blank names, with which every text begins, are dropped, and the first that is
+    left is the value; the value is empty where none is.
+    """
 
-    value: Name
-    aliases: tuple[Name, ...] = ()
+    value: str
+    aliases: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_name_is_blank(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("aliases", ()), list | tuple) or "value" not in data:
+            return data
+        names = [n for n in (data["value"], *data.get("aliases", ())) if not (isinstance(n, str) and not n.strip())]
+        return data | {"value": names[0] if names else "", "aliases": names[1:]}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name, the value first."""
-        return (self.value, *self.aliases)
+        """Every name, the value first; none of an answer without one."""
+        return (self.value, *self.aliases) if self.value else ()
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,11 @@ class RippleQuery(Row):
             raise ValueError("a two_hop query needs second_relation and second_hop_target_ids")
         return self
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether there are answers, each with a name."""
+        return bool(self.answers) and all(answer.names for answer in self.answers)
+
 
 class RippleTest(Row):
     """Queries to the edited model, joined by OR or AND, run only if every condition holds on the unedited one."""
@@ -140,7 +145,7 @@ def ripple_case(record: RippleRecord, request: EditRequest | None = None) -> Cas
 
     Each test is its conditions and its queries under one name. With a `request`, compositions and subject aliasing are tagged with
     their stratum: whether the request's implications hold the composition, or the alias (in whatever words). A query without an
-    answer cannot be asked; its test is left out and named in the case's tag "unasked".
+    answer, or with one that has no name, cannot be asked; its test is left out and named in the case's tag "unasked".
     """
     edit = request or ripple_request(record)
     old = (edit.target_true,) if edit.target_true else ()
@@ -149,7 +154,7 @@ def ripple_case(record: RippleRecord, request: EditRequest | None = None) -> Cas
     for axis, kind in KINDS.items():
         for i, test in enumerate(record.axis(axis)):
             name = f"{kind}:{i}"
-            if not all(query.answers for query in (*test.test_queries, *test.condition_queries)):
+            if not all(query.is_answered for query in (*test.test_queries, *test.condition_queries)):
                 unasked.append(name)
                 continue
             before = old if kind == "subject_aliasing" else ()
