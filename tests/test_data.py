@@ -17,6 +17,7 @@ from errata.bench.data.faults import check_cases, without
 from errata.bench.data.registry import data_folder, find, first_of_each_fact, layout_of
 from errata.bench.data.ripple import IN_FIT, NOT_IN_FIT, RippleRecord, load_ripple, ripple_case, ripple_request
 from errata.bench.data.snippets import load_snippets, published_tfidf, references, snippet_tfidf
+from errata.bench.data.training import load_items
 from errata.cli import app
 from errata.edit import EditRequest, Implication
 from errata.errors import ConfigError, RecordError
@@ -392,6 +393,32 @@ def test_zsre_is_a_counterfactual_or_a_correction(row: dict[str, Any], tmp_path:
     assert case.tags["target"] == "correction"
     with pytest.raises(ConfigError, match="expected target of zsre to be counterfactual or correction, found 'alt'"):
         load_cases("zsre", path=path, target="alt")
+
+
+def test_answers_are_read_without_the_spaces_around_them(tmp_path: Path) -> None:
+    """Probes ask for what the request writes, which has none."""
+    array = {**ARRAY, "alt": " K. Dahl", "answers": ["L. Marr ", " "], "pred": " J. Orr", "loc_ans": " 1907"}
+    output = [{"answer": "L. Marr "}]
+    kilt = {**KILT, "output": output, "prediction": " J. Orr", "alternatives": [" K. Dahl", " l. marr"]}
+    for path in (saved(tmp_path / "z.json", array), saved(tmp_path / "z.jsonl", kilt)):
+        [case] = load_cases("zsre", path=path)
+        assert {(p.expected, p.alternatives) for kind in ("edit", "paraphrase") for p in asked(case, kind)} == {
+            (("K. Dahl",), ("L. Marr",))
+        }
+        assert [p.expected for p in asked(case, "locality")] == ([("1907",)] if path.suffix == ".json" else [])
+        [case] = load_cases("zsre", path=path, target="correction")
+        assert (asked(case, "edit")[0].expected, asked(case, "edit")[0].alternatives) == (("L. Marr",), ("J. Orr",))
+        [item, *_] = load_items(path)
+        assert (item.target_new, item.target_true) == ("K. Dahl", "J. Orr")
+    spaced = {"target_new": " Bo Reed", "ground_truth": ["Cy Voss "], "locality": {}}
+    spaced["portability"] = {"Reasoning": [{"prompt": "Bo Reed was born in", "ground_truth": [[" Tarn", " "]]}]}
+    [case] = load_cases(str(saved(tmp_path / "k.json", {**KNOWEDIT, **spaced})))
+    for kind in ("edit", "paraphrase"):
+        assert {(p.expected, p.alternatives) for p in asked(case, kind)} == {(("Bo Reed",), ("Cy Voss",))}
+    assert [p.expected for p in asked(case, "portability")] == [("Tarn",)]
+    blank = {**ARRAY, "answers": [" "]}
+    with pytest.raises(RecordError, match="row 1, field answers: expected an answer, found blank ones"):
+        load_cases("zsre", path=saved(tmp_path / "z.json", blank))
 
 
 def test_zsre_locality_and_its_wrong_rows(tmp_path: Path) -> None:

@@ -8,15 +8,18 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
 from errata.bench.cases import Case
 from errata.errors import RecordError, RequestError
 from errata.files import write_atomically
 
 ProblemKind = Literal["row", "no edit", "conflict", "contradiction", "in prompt", "unasked", "condition"]
+
+# An answer as it stands behind a prompt: published rows of zsRE and KnowEdit have it with the space between.
+Stripped = Annotated[str, StringConstraints(strip_whitespace=True)]
 
 
 class Row(BaseModel):

@@ -10,11 +10,11 @@ the true answer over whatever the model says, as ROME and MEMIT do. Figures of t
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from errata.bench.cases import Case, Kind, Probe
 from errata.bench.data.kilt import KiltRecord, Target, question_case, targets_of
-from errata.bench.data.records import FieldError, Numbered, Problem, Row, form_of, read_rows, validated
+from errata.bench.data.records import FieldError, Numbered, Problem, Row, Stripped, form_of, read_rows, validated
 from errata.edit import EditRequest
 
 
@@ -23,13 +23,20 @@ class ZsreRow(Row):
 
     subject: str = Field(min_length=1)
     src: str = Field(min_length=1)
-    pred: str = ""
+    pred: Stripped = ""
     rephrase: str = Field(min_length=1)
-    alt: str = ""
-    answers: tuple[str, ...] = Field(min_length=1)
+    alt: Stripped = ""
+    answers: tuple[Stripped, ...] = Field(min_length=1)
     loc: str = Field(min_length=1)
-    loc_ans: str = Field(min_length=1)
+    loc_ans: Stripped = Field(min_length=1)
     cond: str = ""
+
+    @field_validator("answers")
+    @classmethod
+    def _none_is_blank(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not any(value):
+            raise ValueError("expected an answer, found blank ones")
+        return tuple(answer for answer in value if answer)
 
 
 def read_zsre(path: str | Path, problems: list[Problem]) -> Numbered[Row]:
