@@ -333,6 +333,14 @@ def test_a_blank_name_is_dropped_and_an_answer_without_another_is_not_asked(blan
         load_cases("counterfact", path=path)
 
 
+def test_a_fact_that_stays_as_it_was_is_no_edit(tmp_path: Path) -> None:
+    same = {**fact("The spouse of Ada is Bo.", "Q2"), "original_fact": fact("The spouse of Ada is bo.", "Q2")}
+    path = saved(tmp_path / "random.json", ripple(edit=same, Subject_Aliasing=[]), ripple())
+    left_out: list[Problem] = []
+    assert len(load_cases("ripple-random", path=path, left_out=left_out)) == 1
+    assert [(p.row, p.field, p.kind) for p in left_out] == [(1, "edit.original_fact", "no edit")]
+
+
 def test_a_statement_without_a_copula_is_a_bad_row(tmp_path: Path) -> None:
     path = saved(tmp_path / "r.json", ripple(edit=fact("Ada Quill married Bo Reed.", "Q2"), Subject_Aliasing=[]))
     with pytest.raises(RecordError, match=r"row 1, field edit.prompt: .*'Ada Quill married Bo Reed.'"):
@@ -445,7 +453,11 @@ def test_zsre_locality_and_its_wrong_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("row", "name", "field"),
-    [({**ARRAY, "alt": ""}, "z.json", "alt"), ({**KILT, "alternatives": ["L. Marr"]}, "z.jsonl", "alternatives")],
+    [
+        ({**ARRAY, "alt": ""}, "z.json", "alt"),
+        ({**ARRAY, "alt": "lo marr"}, "z.json", "alt"),
+        ({**KILT, "alternatives": ["L. Marr"]}, "z.jsonl", "alternatives"),
+    ],
 )
 def test_zsre_without_another_answer_is_left_out_and_counted(
     row: dict[str, Any], name: str, field: str, tmp_path: Path
@@ -455,9 +467,8 @@ def test_zsre_without_another_answer_is_left_out_and_counted(
     assert len(load_cases("zsre", path=path, left_out=left_out)) == 1
     assert [(p.row, p.field, p.kind) for p in left_out] == [(2, field, "no edit"), (3, field, "no edit")]
     assert [p.kind for p in check("zsre", path=path)] == ["no edit", "no edit"]
-    with pytest.warns(
-        UserWarning, match=f"2 rows of zsre left out; the first: .*row 2, field {field}: there is no other"
-    ):
+    why = "'lo marr' is a right answer, so" if row.get("alt") else "there is no other"
+    with pytest.warns(UserWarning, match=f"2 rows of zsre left out; the first: .*row 2, field {field}: {why}"):
         assert len(load_cases("zsre", path=path)) == 1
     assert len(load_cases("zsre", path=path, target="correction")) == 3
 

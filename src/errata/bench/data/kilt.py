@@ -124,6 +124,9 @@ def targets_of(
         return answers, known or None
     if not alternative:
         raise NoEditError(field, "there is no other answer to write; target=correction would write the right one")
+    if alternative.casefold() in {a.casefold() for a in answers}:
+        message = f"{alternative!r} is a right answer, so there is nothing to write; target=correction would write it"
+        raise NoEditError(field, message)
     return (alternative,), answers[0]
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import AliasChoices, Field, model_validator
 
 from errata.bench.cases import Case, Kind, Probe
-from errata.bench.data.records import Answer, FieldError, Problem, Row, form_of, load_records
+from errata.bench.data.records import Answer, FieldError, NoEditError, Problem, Row, form_of, load_records
 from errata.edit import EditRequest
 
 Id = str | int
@@ -240,7 +240,7 @@ def ripple_request(record: RippleRecord) -> EditRequest:
     original fact's, or by a name that the aliasing tests expect. The subject is what the prompt shares with prompts about other
     relations of it, or what stands where the published statements have it; else the request has no subject, and methods that need
     one refuse it.
-    Raises FieldError for a sentence without a copula.
+    Raises FieldError for a sentence without a copula, NoEditError for an object that was the original one's already.
     """
     edit = record.edit
     prompt, new = _parted(record)
@@ -248,6 +248,10 @@ def ripple_request(record: RippleRecord) -> EditRequest:
     if edit.original_fact:
         said = edit.original_fact.prompt.rstrip().removesuffix(".")
         old = said[len(prompt) :].strip() if said.startswith(prompt) else None
+        if old and old.casefold() == new.casefold():
+            raise NoEditError(
+                "edit.original_fact", f"the object is {new!r} before and after, so there is nothing to write"
+            )
     subject = _subject(record, prompt)
     return EditRequest(
         subject=subject,
