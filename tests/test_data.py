@@ -333,6 +333,22 @@ def test_a_blank_name_is_dropped_and_an_answer_without_another_is_not_asked(blan
         load_cases("counterfact", path=path)
 
 
+def test_an_axis_may_be_absent_and_not_misspelt(tmp_path: Path) -> None:
+    row = ripple()
+    del row["Forgetfulness"]
+    path = saved(tmp_path / "recent.json", row)
+    [case] = load_cases("ripple-recent", path=path)
+    [whole] = load_cases("ripple-recent", path=saved(tmp_path / "whole.json", ripple()))
+    assert case.probes == whole.probes
+    axes = {axis: row.pop(axis) for axis in list(row) if axis not in ("example_type", "edit")}
+    for others, message in (
+        ({**axes, "Forgetfullness": []}, "no field 'Forgetfullness'; did you mean 'Forgetfulness'"),
+        ({"prev_storage": []}, "row 1: expected tests under some of Relation_Specificity, .*, found none of these"),
+    ):
+        with pytest.raises(RecordError, match=message):
+            load_cases("ripple-recent", path=saved(path, {**row, **others}))
+
+
 def test_a_fact_that_stays_as_it_was_is_no_edit(tmp_path: Path) -> None:
     same = {**fact("The spouse of Ada is Bo.", "Q2"), "original_fact": fact("The spouse of Ada is bo.", "Q2")}
     path = saved(tmp_path / "random.json", ripple(edit=same, Subject_Aliasing=[]), ripple())

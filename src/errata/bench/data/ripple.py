@@ -109,11 +109,13 @@ class RippleEdit(RippleFact):
 
 def _tests(axis: Axis, *other_spellings: str) -> Any:
     names = AliasChoices(axis, axis.lower(), *other_spellings)
-    return Field(validation_alias=names, serialization_alias=axis)
+    return Field((), validation_alias=names, serialization_alias=axis)
 
 
 class RippleRecord(Row):
-    """One edit of RippleEdits with its tests along six axes."""
+    """One edit of RippleEdits with its tests along six axes, of which a file may lack some (the published facts that are new have
+    no Forgetfulness).
+    """
 
     example_type: str
     edit: RippleEdit
@@ -123,6 +125,12 @@ class RippleRecord(Row):
     compositionality_i: tuple[RippleTest, ...] = _tests("Compositionality_I")
     compositionality_ii: tuple[RippleTest, ...] = _tests("Compositionality_II")
     forgetfulness: tuple[RippleTest, ...] = _tests("Forgetfulness")
+
+    @model_validator(mode="after")
+    def _has_an_axis(self) -> "RippleRecord":
+        if self.model_fields_set <= {"example_type", "edit"}:
+            raise ValueError(f"expected tests under some of {', '.join(KINDS)}, found none of these fields")
+        return self
 
     @property
     def key(self) -> str:
