@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from errata.bench.cases import Case, Probe
 from errata.bench.data import DATASETS, Problem, check, load_cases, load_facts, one_edit_per_fact
 from errata.bench.data.faults import check_cases, without
+from errata.bench.data.records import streamed_rows
 from errata.bench.data.registry import data_folder, find, first_of_each_fact, layout_of
 from errata.bench.data.ripple import IN_FIT, NOT_IN_FIT, RippleRecord, load_ripple, ripple_case, ripple_request
 from errata.bench.data.snippets import load_snippets, published_tfidf, references, snippet_tfidf
@@ -118,6 +119,71 @@ def test_snippets_and_published_weights_beside_the_file_are_found(tmp_path: Path
     (tmp_path / "tfidf_vocab.json").write_text(json.dumps(saved_words))
     [case] = load_cases("counterfact", path=path, n=1)
     assert case.tfidf is not None and case.tfidf.idf == {"danish": 8.0, "novel": 7.0}
+
+
+def test_bad_snippets_can_be_skipped_and_n_does_not_hide_them(tmp_path: Path) -> None:
+    path = saved(tmp_path / "counterfact.json", counterfact(), about("Liber Novus"))
+    group = {"relation_id": "P407", "target_id": "Q9035", "samples": [{"name": "B", "text": "A Danish novel."}]}
+    snippets = saved(tmp_path / "attribute_snippets.json", group, {**group, "samples": []}, group)
+    message = "attribute_snippets.json, row 2, field samples, attribute snippets: .*mend the row"
+    with pytest.raises(RecordError, match=message):
+        load_cases("counterfact", path=path, n=1)
+    left_out: list[Problem] = []
+    [case] = load_cases("counterfact", path=path, n=1, bad="skip", left_out=left_out)
+    assert case.references == ("A Danish novel.", "A Danish novel.") and case.tfidf is not None
+    assert [(p.path, p.row) for p in left_out] == [(str(snippets), 2)]
+    assert not check("counterfact", path=path) and len(check("counterfact", path=path, snippets=str(snippets))) == 1
+    saved(snippets, {**group, "samples": [{"name": "B", "text": ""}]})
+    with pytest.warns(UserWarning, match="1 rows of counterfact left out"):
+        [case] = load_cases("counterfact", path=path, n=1, bad="skip")
+    assert case.references == () and case.tfidf is None
+
+
+def test_only_snippets_of_the_drawn_cases_are_looked_into_where_weights_are_there(tmp_path: Path) -> None:
+    path = saved(tmp_path / "counterfact.json", counterfact())
+    group = {"relation_id": "P407", "target_id": "Q9035", "samples": [{"name": "B", "text": "A Danish novel."}]}
+    snippets = saved(tmp_path / "attribute_snippets.json", {**group, "target_id": "Q1", "samples": []}, group)
+    np.save(tmp_path / "idf.npy", np.array([7.0]))
+    (tmp_path / "tfidf_vocab.json").write_text(json.dumps({"danish": 0}))
+    [case] = load_cases("counterfact", path=path)
+    assert case.references == ("A Danish novel.",)
+    saved(snippets, {**group, "samples": []})
+    with pytest.raises(RecordError, match="row 1, field samples"):
+        load_cases("counterfact", path=path)
+    [case] = load_cases("counterfact", path=path, references=False)
+    assert case.references == () and case.tfidf is None
+
+
+ROWS: tuple[Any, ...] = ({"a": [1, {"b": ']},{ "é\\'}]}, 12, "x, y", [], -1.5e3, None, {"long": "é" * 50})
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_a_streamed_array_is_the_whole_one(size: int, tmp_path: Path) -> None:
+    for n in range(len(ROWS) + 1):
+        for text in (json.dumps(ROWS[:n]), json.dumps(ROWS[:n], indent=2, ensure_ascii=False) + "\n"):
+            (tmp_path / "a.json").write_text(text, encoding="utf-8")
+            assert list(streamed_rows(tmp_path / "a.json", [], size)) == list(enumerate(ROWS[:n], 1))
+    for wrong, row in (
+        ("[1, 2", 2),
+        ("[1 2]", 1),
+        ("[1, ]", 2),
+        ("[1, {]", 2),
+        ("[", 1),
+        ("[1,", 2),
+        ('[1, "a', 2),
+        ("[1,, 2]", 2),
+    ):
+        (tmp_path / "a.json").write_text(wrong)
+        with pytest.raises(
+            RecordError, match=f"expected a JSON array in .*a.json, but .* in row {row}; is the file whole"
+        ):
+            list(streamed_rows(tmp_path / "a.json", [], size))
+    problems: list[Problem] = []
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n\n{broken\n{"a": 2}\n')
+    assert [number for number, _ in streamed_rows(path, problems, size)] == [1, 4] and [p.row for p in problems] == [3]
+    with pytest.raises(RecordError, match="cannot read records from .*none.json: No such file"):
+        list(streamed_rows(tmp_path / "none.json", []))
 
 
 def test_edits_of_one_fact_are_refused_together_and_named(tmp_path: Path) -> None:

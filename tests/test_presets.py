@@ -286,6 +286,26 @@ def test_data_options_reach_the_cases_and_what_is_left_out_is_told(tmp_path: Pat
         common.only_bad(replace(context, data_options={"flagged": "drop"}))
 
 
+def test_snippets_are_read_for_presets_that_measure_consistency_alone(tmp_path: Path) -> None:
+    rows = [record(1, "Codex", generation_prompts=["Readers of Codex speak"])]
+    rows[0]["requested_rewrite"]["target_new"]["id"] = "Q1"
+    path = tmp_path / "counterfact.json"
+    path.write_text(json.dumps(rows))
+    group = {"relation_id": "P407", "target_id": "Q1", "samples": [{"name": "x", "text": "A Danish novel."}]}
+    (tmp_path / "attribute_snippets.json").write_text(json.dumps([group, {**group, "samples": []}]))
+    context = Context("tiny", tiny_model("gpt2", 2), None, n=1, data=str(path))
+    for name in ("sake-counterfact", "steam-sweep", "sake-ot", "lifelong"):
+        [case] = get_preset(name).cases(context)
+        assert case.references == (), name
+    for name in ("rome-counterfact", "steam-counterfact"):
+        with pytest.raises(RecordError, match="row 2, field samples, attribute snippets"):
+            get_preset(name).cases(context)
+        skipping = replace(context, data_options={"bad": "skip"}, left_out={})
+        [case] = get_preset(name).cases(skipping)
+        assert case.references == ("A Danish novel.",) and case.tfidf is not None
+        assert list(skipping.left_out) == [f"{path}, row 2, field samples, attribute snippets"]
+
+
 def test_bad_claims_behind_n_stop_nothing(tmp_path: Path) -> None:
     path = tmp_path / "fever.jsonl"
     claims = [{"id": str(i), "input": f"Claim {i}.", "output": [{"answer": "SUPPORTS"}]} for i in range(2)]

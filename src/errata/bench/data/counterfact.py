@@ -80,6 +80,11 @@ class CounterFactRecord(Row):
         return EditRequest.from_counterfact(self.model_dump(mode="json", by_alias=True))
 
     @property
+    def about(self) -> tuple[str, str]:
+        """The relation and the new object, by their ids: what texts for consistency are about."""
+        return self.requested_rewrite.relation_id, self.requested_rewrite.target_new.id or ""
+
+    @property
     def fact(self) -> str:
         """What tells the edited fact from others: its subject and relation."""
         return json.dumps([self.requested_rewrite.subject.casefold(), self.requested_rewrite.relation_id])
@@ -153,8 +158,7 @@ def counterfact_case(
             Probe("portability", condition, asked.answer.names, test=test, joined="and", condition=True, tags=tags),
             Probe("portability", asked.prompt, asked.answer.names, before, test=test, tags=tags),
         ]
-    about = references or {}
-    texts = about.get((rewrite.relation_id, rewrite.target_new.id or ""), ())
+    texts = (references or {}).get(record.about, ())
     return Case(str(record.case_id), edit, tuple(probes), tuple(texts), {"relation": rewrite.relation_id}, tfidf)
 
 

@@ -5,10 +5,11 @@ Only shapes are checked here; whether an answer is right, or stands in its own p
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TextIO, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
@@ -17,6 +18,8 @@ from errata.errors import RecordError, RequestError
 from errata.files import write_atomically
 
 ProblemKind = Literal["row", "no edit", "conflict", "contradiction", "in prompt", "unasked", "condition"]
+
+_SPACE = re.compile(r"\s*")
 
 # An answer as it stands behind a prompt: published rows of zsRE and KnowEdit have it with the space between.
 Stripped = Annotated[str, StringConstraints(strip_whitespace=True)]
@@ -209,6 +212,50 @@ def read_rows(path: Path, problems: list[Problem]) -> list[tuple[int, Any]]:
             except json.JSONDecodeError as error:
                 problems.append(Problem(str(path), number, "", f"expected one JSON object a line, but {error}"))
     return rows
+
+
+def streamed_rows(path: Path, problems: list[Problem], size: int = 1 << 22) -> Iterator[tuple[int, Any]]:
+    """As `read_rows`, for an array that is too large to be held: `size` characters of it at a time, or as many as a row takes."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(size)
+            if text.lstrip().startswith("["):
+                yield from _elements(file, text, path, size)
+                return
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"cannot read records from {path}: {getattr(error, 'strerror', None) or error}.") from None
+    yield from read_rows(path, problems)
+
+
+def _elements(file: TextIO, text: str, path: Path, size: int) -> Iterator[tuple[int, Any]]:
+    """The numbered elements of the JSON array that begins in the text and goes on in the file."""
+    decoder, number, at, whole = json.JSONDecoder(), 1, text.index("[") + 1, False
+    while True:
+        begin = _behind_space(text, at)
+        if number == 1 and text[begin : begin + 1] == "]":
+            return
+        try:
+            value, end = decoder.raw_decode(text, begin)
+            end = _behind_space(text, end)
+            if text[end : end + 1] not in (",", "]"):  # what is there of a number may be a number too
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        except json.JSONDecodeError as error:
+            if whole:
+                message = f"expected a JSON array in {path}, but {error.msg} in row {number}; is the file whole?"
+                raise RecordError(message) from None
+            more = file.read(max(size, len(text) - at))
+            text, at, whole = text[at:] + more, 0, not more
+            continue
+        yield number, value
+        if text[end] == "]":
+            return
+        number, at = number + 1, end + 1
+
+
+def _behind_space(text: str, at: int) -> int:
+    """Where the white space at a place ends."""
+    match = _SPACE.match(text, at)
+    return match.end() if match else at
 
 
 def _spellings(field: str, alias: Any) -> set[str]:
