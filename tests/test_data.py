@@ -518,6 +518,10 @@ def test_zsre_locality_and_its_wrong_rows(tmp_path: Path) -> None:
     twice = {**ARRAY, "src": "Is Night Ferry by the maker of night ferry?"}
     [case] = load_cases("zsre", path=saved(tmp_path / "z.json", twice))
     assert case.request.prompt == "Is {} by the maker of night ferry?"
+    for before in ("In welcher Großstraße", "İzmir:"):  # longer in other letters
+        placed = {**ARRAY, "src": f"{before} is night ferry here?"}
+        [case] = load_cases("zsre", path=saved(tmp_path / "z.json", placed))
+        assert (case.request.prompt, case.request.subject) == (f"{before} is {{}} here?", "night ferry")
     array: tuple[tuple[dict[str, Any], str], ...] = (
         ({**ARRAY, "src": "Who composed it?"}, "row 2, field src: the question 'Who composed it.'"),
         ({**ARRAY, "answers": []}, "row 2, field answers: "),
@@ -788,6 +792,21 @@ def test_wrong_names_and_missing_files_say_what_to_do(tmp_path: Path) -> None:
             load_cases(**wrong)  # type: ignore[arg-type]
     with pytest.raises(RecordError, match="expected rows of CounterFact.* found a, b"):
         load_cases(str(saved(tmp_path / "x.json", {"a": 1, "b": 2})))
+
+
+def test_what_is_one_file_has_one_split(tmp_path: Path) -> None:
+    path = saved(tmp_path / "counterfact.json", counterfact())
+    facts = saved(tmp_path / "known.json", KNOWN)
+    for load, name, options in (
+        (load_cases, "counterfact", {"path": path}),
+        (load_cases, str(path), {}),
+        (check, "counterfact", {"path": path}),
+        (load_facts, "known-1000", {"path": facts}),
+        (load_facts, str(facts), {}),
+    ):
+        assert load(name, split="test", **options) is not None  # type: ignore[operator]
+        with pytest.raises(ConfigError, match=f"{name} has one split, test, and none named 'dev'; leave the split out"):
+            load(name, split="dev", **options)  # type: ignore[operator]
 
 
 def test_files_in_the_data_folder_are_found(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ class Dataset:
     def file_of(self, split: str) -> str:
         """The file's published name. Raises ConfigError for a split that there is not."""
         if isinstance(self.file, str):
+            _check_only_split(self.name, split)
             return self.file
         if split not in self.file:
             raise ConfigError(f"expected a split of {self.name} ({', '.join(self.file)}), found {split!r}.")
@@ -260,8 +261,9 @@ def load_cases(
     """The cases of a data set, or of a file in one of its layouts (name: its path).
 
     n: the first `n` of a published file, as the papers take them; as many as are drawn of Atlas (None: all there are). seed: what is
-    drawn. split: Atlas's facts, or a file of KnowEdit; the other sets have one. path: the file, or a folder that holds it under
-    its published name. flagged: with "drop", tests that `check` finds fault with are left out, and cases whose edit it does;
+    drawn. split: Atlas's facts, or a file of KnowEdit, FEVER or SCOTUS; the other sets, and files, have one, test. path: the file, or
+    a folder that holds it under its published name.
+    flagged: with "drop", tests that `check` finds fault with are left out, and cases whose edit it does;
     `model_data` (model, tokenizer, unedited) adds those whose conditions fail on it. bad: with "skip", rows that do not
     fit are left out. Rows that fit and have nothing to write (zsRE's without `alt`) always are; rows behind those that `n` takes
     are nobody's concern. What is left out is counted in a warning, or added to `left_out`. together: the edits will be in the
@@ -308,10 +310,12 @@ def first_records(
     kind: type[Record],
     n: int | None,
     *,
+    split: str = "test",
     bad: Bad = "refuse",
     left_out: list[Problem] | None = None,
 ) -> list[Record]:
-    """The first n records of a file, for what is no case yet. Arguments and errors as in `load_cases`."""
+    """The first n records of a file, which has one split, for what is no case yet. Arguments and errors as in `load_cases`."""
+    _check_only_split(str(path), split)
     _check_options("any data set", CHOICES, {"bad": bad})
     problems: list[Problem] = []
     found = _first(n, read_records(path, kind, problems), problems)
@@ -497,6 +501,8 @@ def _cases(
         # Atlas's own module: the one place where benchmarks reach it, and only when it is asked for.
         made_here: list[Case] = import_module("errata.atlas.cases").cases(name, n=n, seed=seed, split=split, **options)
         return dataset, None, made_here, {}
+    if name not in DATASETS:
+        _check_only_split(name, split)
     file = Path(path) if name not in DATASETS and path else fetch(dataset, split, path)
     rows = _READERS[dataset.layout](file, problems)
     found = _first(n, made(file, rows, _maker(dataset, seed, options), problems), problems)
@@ -562,8 +568,16 @@ def _facts(
         return [(0, fact) for fact in import_module("errata.atlas.cases").known_facts(n=n, seed=seed, split=split)]
     if name in DATASETS and name not in TRACED:
         raise ConfigError(f"{name} holds edits; load_cases reads it.")
+    if name not in DATASETS:
+        _check_only_split(name, split)
     file = fetch(DATASETS[name], split, path) if name in DATASETS else Path(name)
     return _first(n, known_facts(file, problems), problems)
+
+
+def _check_only_split(name: str, split: str) -> None:
+    """Raises ConfigError for a split of what is one file."""
+    if split != "test":
+        raise ConfigError(f"{name} has one split, test, and none named {split!r}; leave the split out.")
 
 
 def _check_options(name: str, there: Mapping[str, tuple[str, ...]], options: Mapping[str, str]) -> None:

@@ -7,6 +7,7 @@ target: "counterfactual" writes `alt` (or one of `alternatives`) over the true a
 the true answer over whatever the model says, as ROME and MEMIT do. Figures of the two do not compare.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,15 @@ def zsre_case(record: Any, target: Target = "counterfactual", seed: int = 0) -> 
 
 
 def _array(record: ZsreRow, target: Target) -> Case:
-    at = record.src.casefold().find(record.subject.casefold())
-    if at < 0:
+    named = re.search(re.escape(record.subject), record.src, re.IGNORECASE)
+    if named is None:
         raise FieldError(
             "src", f"the question {record.src!r} does not name its subject {record.subject!r}; name it there"
         )
-    end = at + len(record.subject)
     new, old = targets_of(record.answers, record.alt, record.pred, target, "alt")
     request = EditRequest(
-        subject=record.src[at:end],
-        prompt=f"{record.src[:at]}{{}}{record.src[end:]}",
+        subject=named[0],
+        prompt=f"{record.src[: named.start()]}{{}}{record.src[named.end() :]}",
         target_new=new[0],
         target_true=old,
     )
