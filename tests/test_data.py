@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 from errata.bench.cases import Case, Probe
 from errata.bench.data import DATASETS, Problem, check, load_cases, load_facts, one_edit_per_fact
 from errata.bench.data.faults import check_cases, without
+from errata.bench.data.records import streamed_rows
 from errata.bench.data.registry import data_folder, find, first_of_each_fact, layout_of
-from errata.bench.data.ripple import IN_FIT, NOT_IN_FIT, RippleRecord, ripple_case, ripple_request
+from errata.bench.data.ripple import IN_FIT, NOT_IN_FIT, RippleRecord, load_ripple, ripple_case, ripple_request
 from errata.bench.data.snippets import load_snippets, published_tfidf, references, snippet_tfidf
+from errata.bench.data.training import load_items
 from errata.cli import app
 from errata.edit import EditRequest, Implication
 from errata.errors import ConfigError, RecordError
@@ -117,6 +119,71 @@ def test_snippets_and_published_weights_beside_the_file_are_found(tmp_path: Path
     (tmp_path / "tfidf_vocab.json").write_text(json.dumps(saved_words))
     [case] = load_cases("counterfact", path=path, n=1)
     assert case.tfidf is not None and case.tfidf.idf == {"danish": 8.0, "novel": 7.0}
+
+
+def test_bad_snippets_can_be_skipped_and_n_does_not_hide_them(tmp_path: Path) -> None:
+    path = saved(tmp_path / "counterfact.json", counterfact(), about("Liber Novus"))
+    group = {"relation_id": "P407", "target_id": "Q9035", "samples": [{"name": "B", "text": "A Danish novel."}]}
+    snippets = saved(tmp_path / "attribute_snippets.json", group, {**group, "samples": []}, group)
+    message = "attribute_snippets.json, row 2, field samples, attribute snippets: .*mend the row"
+    with pytest.raises(RecordError, match=message):
+        load_cases("counterfact", path=path, n=1)
+    left_out: list[Problem] = []
+    [case] = load_cases("counterfact", path=path, n=1, bad="skip", left_out=left_out)
+    assert case.references == ("A Danish novel.", "A Danish novel.") and case.tfidf is not None
+    assert [(p.path, p.row) for p in left_out] == [(str(snippets), 2)]
+    assert not check("counterfact", path=path) and len(check("counterfact", path=path, snippets=str(snippets))) == 1
+    saved(snippets, {**group, "samples": [{"name": "B", "text": ""}]})
+    with pytest.warns(UserWarning, match="1 rows of counterfact left out"):
+        [case] = load_cases("counterfact", path=path, n=1, bad="skip")
+    assert case.references == () and case.tfidf is None
+
+
+def test_only_snippets_of_the_drawn_cases_are_looked_into_where_weights_are_there(tmp_path: Path) -> None:
+    path = saved(tmp_path / "counterfact.json", counterfact())
+    group = {"relation_id": "P407", "target_id": "Q9035", "samples": [{"name": "B", "text": "A Danish novel."}]}
+    snippets = saved(tmp_path / "attribute_snippets.json", {**group, "target_id": "Q1", "samples": []}, group)
+    np.save(tmp_path / "idf.npy", np.array([7.0]))
+    (tmp_path / "tfidf_vocab.json").write_text(json.dumps({"danish": 0}))
+    [case] = load_cases("counterfact", path=path)
+    assert case.references == ("A Danish novel.",)
+    saved(snippets, {**group, "samples": []})
+    with pytest.raises(RecordError, match="row 1, field samples"):
+        load_cases("counterfact", path=path)
+    [case] = load_cases("counterfact", path=path, references=False)
+    assert case.references == () and case.tfidf is None
+
+
+ROWS: tuple[Any, ...] = ({"a": [1, {"b": ']},{ "é\\'}]}, 12, "x, y", [], -1.5e3, None, {"long": "é" * 50})
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_a_streamed_array_is_the_whole_one(size: int, tmp_path: Path) -> None:
+    for n in range(len(ROWS) + 1):
+        for text in (json.dumps(ROWS[:n]), json.dumps(ROWS[:n], indent=2, ensure_ascii=False) + "\n"):
+            (tmp_path / "a.json").write_text(text, encoding="utf-8")
+            assert list(streamed_rows(tmp_path / "a.json", [], size)) == list(enumerate(ROWS[:n], 1))
+    for wrong, row in (
+        ("[1, 2", 2),
+        ("[1 2]", 1),
+        ("[1, ]", 2),
+        ("[1, {]", 2),
+        ("[", 1),
+        ("[1,", 2),
+        ('[1, "a', 2),
+        ("[1,, 2]", 2),
+    ):
+        (tmp_path / "a.json").write_text(wrong)
+        with pytest.raises(
+            RecordError, match=f"expected a JSON array in .*a.json, but .* in row {row}; is the file whole"
+        ):
+            list(streamed_rows(tmp_path / "a.json", [], size))
+    problems: list[Problem] = []
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n\n{broken\n{"a": 2}\n')
+    assert [number for number, _ in streamed_rows(path, problems, size)] == [1, 4] and [p.row for p in problems] == [3]
+    with pytest.raises(RecordError, match="cannot read records from .*none.json: No such file"):
+        list(streamed_rows(tmp_path / "none.json", []))
 
 
 def test_edits_of_one_fact_are_refused_together_and_named(tmp_path: Path) -> None:
@@ -239,6 +306,19 @@ def test_a_ripple_case(tmp_path: Path) -> None:
     assert (left.case, left.unit) == (case.id, "logical_generalization:2")
 
 
+def test_a_querys_subject_may_be_a_list(tmp_path: Path) -> None:
+    """As the published entailments of a spouse's siblings have it."""
+    lists = [query("The siblings of Bo Reed are", "Cy", subject_id=ids) for ids in (["Q2"], ["Q2", "Q9"])]
+    path = saved(tmp_path / "popular.json", ripple(Logical_Generalization=[a_test(lists, [lists[0]])]))
+    [case] = load_cases("ripple-popular", path=path)
+    assert len(asked(case, "logical_generalization")) == 2
+    [record] = load_ripple(path)
+    assert {q.subject_id for q in record.logical_generalization[0].test_queries} == {"Q2"}
+    nobody = a_test([query("The siblings of Bo Reed are", "Cy", subject_id=[])], [])
+    with pytest.raises(RecordError, match="row 1, field Logical_Generalization.0.test_queries.0.subject_id"):
+        load_ripple(saved(path, ripple(Logical_Generalization=[nobody])))
+
+
 @pytest.mark.parametrize(
     ("said", "original", "prompt", "new"),
     [
@@ -259,6 +339,39 @@ def test_a_statement_is_parted_into_prompt_and_object(said: str, original: str |
     assert request.subject is None  # no other prompt about it says which words it is
 
 
+LORD = "The Lord of the Rings: The Two Towers"
+
+
+@pytest.mark.parametrize(
+    ("relation", "said", "others", "subject"),
+    [
+        ("FOLLOWS", "QAnon follows", ["The name of the country which QAnon is associated with is"], "QAnon"),
+        ("FOLLOWED_BY", "Cardi B is followed by", ["The gender of Cardi B is"], "Cardi B"),
+        ("FOLLOWS", "Kanye West follows", ["Kanye West is followed by"], "Kanye West"),
+        ("FOLLOWS", "St. Louis follows", ["The name of the mayor of St. Louis is"], "St. Louis"),
+        ("FOLLOWS", f"{LORD} follows", [f"The name of the director of {LORD} is"], LORD),
+        ("FOLLOWS", f"{LORD} follows", [f"{LORD} is followed by"], LORD.removeprefix("The ")),
+        ("SPOUSE", "The name of the spouse of Ada Quill is", ["The gender of Ada Quill is"], "Ada Quill"),
+        # no other prompt about it: as the published statements are worded
+        ("FOLLOWS", "QAnon follows", [], "QAnon"),
+        ("FOLLOWED_BY", f"{LORD} is followed by", [], LORD),
+        ("PLACE_OF_BIRTH", "The place of birth of Ada Quill is", [], "Ada Quill"),
+        ("SIBLING", "The names of the siblings of Ada of Tarn are", [], "Ada of Tarn"),
+        ("SEX_OR_GENDER", "The gender of Ada Quill is", [], "Ada Quill"),
+        ("AUTHOR", "The author of the tale of Genji is", [], None),
+        ("LEAGUE", "The name of the league which Tarn plays in is", [], None),
+    ],
+)
+def test_the_subject_is_found_wherever_it_stands(
+    relation: str, said: str, others: list[str], subject: str | None
+) -> None:
+    tests = [a_test([query(prompt, "x", subject_id="Q1", relation="COUNTRY") for prompt in others], [])]
+    edit = {**fact(f"{said} Bo Reed.", "Q2"), "relation": relation}
+    row = ripple(edit=edit, Relation_Specificity=tests if others else [], Compositionality_I=[], Subject_Aliasing=[])
+    request = ripple_request(RippleRecord.model_validate(row))
+    assert (request.text, request.subject) == (said, subject)
+
+
 def test_an_object_that_holds_a_copula_is_found_by_the_aliasing_tests() -> None:
     alias = a_test([query("The name of the anthem of Eldor is", "This is Home", subject_id="Q1")], [])
     row = ripple(edit=fact("The name of the anthem of the Realm is This is Home.", "Q2"), Subject_Aliasing=[alias])
@@ -267,15 +380,47 @@ def test_an_object_that_holds_a_copula_is_found_by_the_aliasing_tests() -> None:
 
 
 @pytest.mark.parametrize("blank", ["", " "])
-def test_a_blank_name_is_a_bad_row(blank: str, tmp_path: Path) -> None:
-    answer = {"value": "Cy", "aliases": ["Cyril", blank]}
-    test = a_test([query("Bo Reed's son is", answers=[answer])], [])
-    path = saved(tmp_path / "popular.json", ripple(), ripple(Logical_Generalization=[test]))
-    where = "row 2, field Logical_Generalization.0.test_queries.0.answers.0.aliases.1: expected a name, found"
-    with pytest.raises(RecordError, match=where):
-        load_cases("ripple-popular", path=path)
-    with pytest.warns(UserWarning, match=where):
-        assert len(load_cases("ripple-popular", path=path, bad="skip")) == 1
+def test_a_blank_name_is_dropped_and_an_answer_without_another_is_not_asked(blank: str, tmp_path: Path) -> None:
+    """As Wikidata has entities without a label, and RippleEdits their blank names."""
+    named = [{"value": "Cy", "aliases": ["Cyril", blank]}, {"value": blank, "aliases": ["Di", "Diana"]}]
+    nameless = [{"value": "Cy"}, {"value": blank, "aliases": [blank]}]
+    tests = [a_test([query("Bo Reed's son is", answers=answers)], []) for answers in (named, nameless)]
+    unmet = a_test([query("Bo Reed's son is", "Cy")], [query("Bo Reed is", answers=nameless[1:])])
+    path = saved(tmp_path / "popular.json", ripple(Logical_Generalization=[*tests, unmet]))
+    [case] = load_cases("ripple-popular", path=path)
+    [probe] = asked(case, "logical_generalization")
+    assert probe.answers == (("Cy", "Cyril"), ("Di", "Diana")) and probe.expected == ("Cy", "Cyril", "Di", "Diana")
+    assert case.tags["unasked"] == "logical_generalization:1 logical_generalization:2"
+    found = [(p.row, p.unit) for p in check("ripple-popular", path=path) if p.kind == "unasked"]
+    assert found == [(1, "logical_generalization:1"), (1, "logical_generalization:2")]
+    [portable] = counterfact()["portability_prompts"]
+    path = saved(tmp_path / "cf.json", counterfact(portability_prompts=[{**portable, "answer": {"value": blank}}]))
+    with pytest.raises(RecordError, match="row 1, field portability_prompts.0: expected an answer with a name"):
+        load_cases("counterfact", path=path)
+
+
+def test_an_axis_may_be_absent_and_not_misspelt(tmp_path: Path) -> None:
+    row = ripple()
+    del row["Forgetfulness"]
+    path = saved(tmp_path / "recent.json", row)
+    [case] = load_cases("ripple-recent", path=path)
+    [whole] = load_cases("ripple-recent", path=saved(tmp_path / "whole.json", ripple()))
+    assert case.probes == whole.probes
+    axes = {axis: row.pop(axis) for axis in list(row) if axis not in ("example_type", "edit")}
+    for others, message in (
+        ({**axes, "Forgetfullness": []}, "no field 'Forgetfullness'; did you mean 'Forgetfulness'"),
+        ({"prev_storage": []}, "row 1: expected tests under some of Relation_Specificity, .*, found none of these"),
+    ):
+        with pytest.raises(RecordError, match=message):
+            load_cases("ripple-recent", path=saved(path, {**row, **others}))
+
+
+def test_a_fact_that_stays_as_it_was_is_no_edit(tmp_path: Path) -> None:
+    same = {**fact("The spouse of Ada is Bo.", "Q2"), "original_fact": fact("The spouse of Ada is bo.", "Q2")}
+    path = saved(tmp_path / "random.json", ripple(edit=same, Subject_Aliasing=[]), ripple())
+    left_out: list[Problem] = []
+    assert len(load_cases("ripple-random", path=path, left_out=left_out)) == 1
+    assert [(p.row, p.field, p.kind) for p in left_out] == [(1, "edit.original_fact", "no edit")]
 
 
 def test_a_statement_without_a_copula_is_a_bad_row(tmp_path: Path) -> None:
@@ -340,6 +485,32 @@ def test_zsre_is_a_counterfactual_or_a_correction(row: dict[str, Any], tmp_path:
         load_cases("zsre", path=path, target="alt")
 
 
+def test_answers_are_read_without_the_spaces_around_them(tmp_path: Path) -> None:
+    """Probes ask for what the request writes, which has none."""
+    array = {**ARRAY, "alt": " K. Dahl", "answers": ["L. Marr ", " "], "pred": " J. Orr", "loc_ans": " 1907"}
+    output = [{"answer": "L. Marr "}]
+    kilt = {**KILT, "output": output, "prediction": " J. Orr", "alternatives": [" K. Dahl", " l. marr"]}
+    for path in (saved(tmp_path / "z.json", array), saved(tmp_path / "z.jsonl", kilt)):
+        [case] = load_cases("zsre", path=path)
+        assert {(p.expected, p.alternatives) for kind in ("edit", "paraphrase") for p in asked(case, kind)} == {
+            (("K. Dahl",), ("L. Marr",))
+        }
+        assert [p.expected for p in asked(case, "locality")] == ([("1907",)] if path.suffix == ".json" else [])
+        [case] = load_cases("zsre", path=path, target="correction")
+        assert (asked(case, "edit")[0].expected, asked(case, "edit")[0].alternatives) == (("L. Marr",), ("J. Orr",))
+        [item, *_] = load_items(path)
+        assert (item.target_new, item.target_true) == ("K. Dahl", "J. Orr")
+    spaced = {"target_new": " Bo Reed", "ground_truth": ["Cy Voss "], "locality": {}}
+    spaced["portability"] = {"Reasoning": [{"prompt": "Bo Reed was born in", "ground_truth": [[" Tarn", " "]]}]}
+    [case] = load_cases(str(saved(tmp_path / "k.json", {**KNOWEDIT, **spaced})))
+    for kind in ("edit", "paraphrase"):
+        assert {(p.expected, p.alternatives) for p in asked(case, kind)} == {(("Bo Reed",), ("Cy Voss",))}
+    assert [p.expected for p in asked(case, "portability")] == [("Tarn",)]
+    blank = {**ARRAY, "answers": [" "]}
+    with pytest.raises(RecordError, match="row 1, field answers: expected an answer, found blank ones"):
+        load_cases("zsre", path=saved(tmp_path / "z.json", blank))
+
+
 def test_zsre_locality_and_its_wrong_rows(tmp_path: Path) -> None:
     [case] = load_cases("zsre", path=saved(tmp_path / "z.json", ARRAY))
     [stays] = asked(case, "locality")
@@ -347,6 +518,10 @@ def test_zsre_locality_and_its_wrong_rows(tmp_path: Path) -> None:
     twice = {**ARRAY, "src": "Is Night Ferry by the maker of night ferry?"}
     [case] = load_cases("zsre", path=saved(tmp_path / "z.json", twice))
     assert case.request.prompt == "Is {} by the maker of night ferry?"
+    for before in ("In welcher Großstraße", "İzmir:"):  # longer in other letters
+        placed = {**ARRAY, "src": f"{before} is night ferry here?"}
+        [case] = load_cases("zsre", path=saved(tmp_path / "z.json", placed))
+        assert (case.request.prompt, case.request.subject) == (f"{before} is {{}} here?", "night ferry")
     array: tuple[tuple[dict[str, Any], str], ...] = (
         ({**ARRAY, "src": "Who composed it?"}, "row 2, field src: the question 'Who composed it.'"),
         ({**ARRAY, "answers": []}, "row 2, field answers: "),
@@ -364,7 +539,11 @@ def test_zsre_locality_and_its_wrong_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("row", "name", "field"),
-    [({**ARRAY, "alt": ""}, "z.json", "alt"), ({**KILT, "alternatives": ["L. Marr"]}, "z.jsonl", "alternatives")],
+    [
+        ({**ARRAY, "alt": ""}, "z.json", "alt"),
+        ({**ARRAY, "alt": "lo marr"}, "z.json", "alt"),
+        ({**KILT, "alternatives": ["L. Marr"]}, "z.jsonl", "alternatives"),
+    ],
 )
 def test_zsre_without_another_answer_is_left_out_and_counted(
     row: dict[str, Any], name: str, field: str, tmp_path: Path
@@ -374,9 +553,8 @@ def test_zsre_without_another_answer_is_left_out_and_counted(
     assert len(load_cases("zsre", path=path, left_out=left_out)) == 1
     assert [(p.row, p.field, p.kind) for p in left_out] == [(2, field, "no edit"), (3, field, "no edit")]
     assert [p.kind for p in check("zsre", path=path)] == ["no edit", "no edit"]
-    with pytest.warns(
-        UserWarning, match=f"2 rows of zsre left out; the first: .*row 2, field {field}: there is no other"
-    ):
+    why = "'lo marr' is a right answer, so" if row.get("alt") else "there is no other"
+    with pytest.warns(UserWarning, match=f"2 rows of zsre left out; the first: .*row 2, field {field}: {why}"):
         assert len(load_cases("zsre", path=path)) == 1
     assert len(load_cases("zsre", path=path, target="correction")) == 3
 
@@ -614,6 +792,21 @@ def test_wrong_names_and_missing_files_say_what_to_do(tmp_path: Path) -> None:
             load_cases(**wrong)  # type: ignore[arg-type]
     with pytest.raises(RecordError, match="expected rows of CounterFact.* found a, b"):
         load_cases(str(saved(tmp_path / "x.json", {"a": 1, "b": 2})))
+
+
+def test_what_is_one_file_has_one_split(tmp_path: Path) -> None:
+    path = saved(tmp_path / "counterfact.json", counterfact())
+    facts = saved(tmp_path / "known.json", KNOWN)
+    for load, name, options in (
+        (load_cases, "counterfact", {"path": path}),
+        (load_cases, str(path), {}),
+        (check, "counterfact", {"path": path}),
+        (load_facts, "known-1000", {"path": facts}),
+        (load_facts, str(facts), {}),
+    ):
+        assert load(name, split="test", **options) is not None  # type: ignore[operator]
+        with pytest.raises(ConfigError, match=f"{name} has one split, test, and none named 'dev'; leave the split out"):
+            load(name, split="dev", **options)  # type: ignore[operator]
 
 
 def test_files_in_the_data_folder_are_found(tmp_path: Path) -> None:

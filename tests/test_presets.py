@@ -29,6 +29,7 @@ from errata.bench.presets import (
     steam_sweep,
 )
 from errata.bench.presets import _common as common
+from errata.bench.published import REMARKS
 from errata.bench.rows import FITS, write_rows
 from errata.bench.worker import editor_of
 from errata.edit import EditRequest
@@ -127,6 +128,21 @@ def test_presets_of_one_paper_edit_the_same_facts_so_that_fits_are_shared(atlas:
             if not probe.condition and "stratum" in probe.tags:
                 tests.setdefault((probe.kind, probe.tags["stratum"]), set()).add((one.id, probe.test))
     assert len(tests) == 6 and min(map(len, tests.values())) >= 100
+
+
+def test_a_preset_of_two_data_sets_takes_no_other() -> None:
+    """Alone it is refused; `all` leaves out what is unfit and says why."""
+    model, why = tiny_model("gpt2", 2), "sake-spider takes both CounterFact and RippleEdits and has no --data"
+    spider = get_preset("sake-spider")
+    assert unfit(spider, model) is None and unfit(spider, model, "my.json") == why
+    assert unfit(get_preset("sake-counterfact"), model, "my.json") is None
+    with pytest.raises(ConfigError, match=f"{why}; leave it out"):
+        spider.cases(Context("tiny", model, None, data="my.json"))
+
+
+@pytest.mark.parametrize("name", ["sake-ripple", "sake-counterfact", "sake-doubt"])
+def test_sakes_tables_say_how_rome_and_memit_were_run(name: str) -> None:
+    assert "EasyEdit's default parameters (ROME without its covariance)" in REMARKS[name][0]
 
 
 def test_unknown_preset_is_refused_with_near_names() -> None:
@@ -286,6 +302,26 @@ def test_data_options_reach_the_cases_and_what_is_left_out_is_told(tmp_path: Pat
         common.only_bad(replace(context, data_options={"flagged": "drop"}))
 
 
+def test_snippets_are_read_for_presets_that_measure_consistency_alone(tmp_path: Path) -> None:
+    rows = [record(1, "Codex", generation_prompts=["Readers of Codex speak"])]
+    rows[0]["requested_rewrite"]["target_new"]["id"] = "Q1"
+    path = tmp_path / "counterfact.json"
+    path.write_text(json.dumps(rows))
+    group = {"relation_id": "P407", "target_id": "Q1", "samples": [{"name": "x", "text": "A Danish novel."}]}
+    (tmp_path / "attribute_snippets.json").write_text(json.dumps([group, {**group, "samples": []}]))
+    context = Context("tiny", tiny_model("gpt2", 2), None, n=1, data=str(path))
+    for name in ("sake-counterfact", "steam-sweep", "sake-ot", "lifelong"):
+        [case] = get_preset(name).cases(context)
+        assert case.references == (), name
+    for name in ("rome-counterfact", "steam-counterfact"):
+        with pytest.raises(RecordError, match="row 2, field samples, attribute snippets"):
+            get_preset(name).cases(context)
+        skipping = replace(context, data_options={"bad": "skip"}, left_out={})
+        [case] = get_preset(name).cases(skipping)
+        assert case.references == ("A Danish novel.",) and case.tfidf is not None
+        assert list(skipping.left_out) == [f"{path}, row 2, field samples, attribute snippets"]
+
+
 def test_bad_claims_behind_n_stop_nothing(tmp_path: Path) -> None:
     path = tmp_path / "fever.jsonl"
     claims = [{"id": str(i), "input": f"Claim {i}.", "output": [{"answer": "SUPPORTS"}]} for i in range(2)]
@@ -297,6 +333,8 @@ def test_bad_claims_behind_n_stop_nothing(tmp_path: Path) -> None:
     skipping = replace(context, n=2, data_options={"bad": "skip"})
     assert [r.id for r in _claims._records(skipping, 9)] == ["0", "1"]
     assert skipping.left_out == {f"{path}, row 2, field input": "the field is missing"}
+    with pytest.raises(ConfigError, match="fever.jsonl has one split, test, and none named 'dev'"):
+        _claims._records(replace(skipping, split="dev"), 9)
 
 
 def test_the_models_own_answer_is_the_old_object_of_request_probes_and_doubts(

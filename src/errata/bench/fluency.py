@@ -38,11 +38,13 @@ class TfIdf:
     @classmethod
     def of(cls, texts: Iterable[str]) -> "TfIdf":
         """Fitted on texts. Raises ConfigError for texts without words."""
-        counted = [set(_terms(text)) for text in texts]
-        df = Counter(word for words in counted for word in words)
+        df, count = Counter[str](), 0
+        for text in texts:
+            df.update(set(_terms(text)))
+            count += 1
         if not df:
             raise ConfigError("expected reference texts with words to fit TF-IDF on, found none.")
-        return cls({word: log((1 + len(counted)) / (1 + n)) + 1 for word, n in df.items()})
+        return cls({word: log((1 + count) / (1 + n)) + 1 for word, n in df.items()})
 
     def vector(self, text: str) -> dict[str, float]:
         """Term counts times idf, of length 1; empty if no word of the text is known."""

@@ -82,7 +82,8 @@ class Preset:
     world: probes of the whole run (collateral, unrelated text), asked of every method of setting "all", "sequential" or
     "stream". extra: of the context, cases and methods, what is made besides (traces, states); other processes import it by
     its name. tables, figures: of the run's rows and directory; a figure function writes PNG files and returns them with
-    their captions. roles: kinds of models (`model.anatomy`) that it is for; labels: what a classifier must have among its own.
+    their captions. roles: kinds of models (`model.anatomy`) that it is for; labels: what a classifier must have among its own. own_data: of
+    a preset that takes no other data, which ones it has.
     """
 
     name: str
@@ -101,10 +102,13 @@ class Preset:
     figures: Callable[["DataFrame", Path], Sequence[tuple[Path, str]]] | None = None
     roles: tuple[Role, ...] = ("decoder",)
     labels: tuple[str, ...] = ()
+    own_data: str = ""
 
 
-def unfit(preset: Preset, model: Any) -> str | None:
-    """Why a preset is not for this model, None if it is."""
+def unfit(preset: Preset, model: Any, data: str | None = None) -> str | None:
+    """Why a preset is not for this model, or for the data set that it is given instead of its own; None if it is."""
+    if data is not None and preset.own_data:
+        return f"{preset.name} takes {preset.own_data} and has no --data"
     role = anatomy(model).role
     if role not in preset.roles:
         return f"{preset.name} is for models of the kind {' or '.join(preset.roles)}, found {type(model).__name__} ({role})"

@@ -130,8 +130,8 @@ def run(
     """
     used: Engine = engine or LocalEngine()
     directory = RunDirectory(out)
-    if (why := unfit(plan.preset, model)) is not None:
-        raise ConfigError(f"{why}; choose another model, or another preset")
+    if (why := unfit(plan.preset, model, plan.data)) is not None:
+        raise ConfigError(f"{why}; choose another model or data set, or another preset")
     plan = replace(plan, methods=tuple(_as_here(method, plan, model) for method in plan.methods))
     left_out = {m.label: why for m in plan.methods if (why := inapplicable(m, model, tokenizer)) is not None}
     if left_out and len(left_out) == len(plan.methods):

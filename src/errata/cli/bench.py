@@ -336,7 +336,7 @@ def _run_all(
     answers: dict[Any, dict[str, Any]] = {}
     for plan in plans:
         name = plan.preset.name
-        if (why := unfit(plan.preset, model)) is not None:
+        if (why := unfit(plan.preset, model, plan.data)) is not None:
             notice(f"left out: {why}")
             continue
         trace = folder / f"{name}.error.txt"

@@ -91,7 +91,7 @@ def _described(dataset: Any) -> dict[str, Any]:
     from errata.bench.data.registry import find
 
     made = dataset.layout == "atlas"
-    splits = [""] if isinstance(dataset.file, str) else list(dataset.file)
+    splits = ["test"] if isinstance(dataset.file, str) else list(dataset.file)
     files = {} if made else {split: find(dataset, split) for split in splits}
     here = [file for file in files.values() if file]
     return {

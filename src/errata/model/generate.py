@@ -4,6 +4,7 @@ A decoder goes on from the prompt, an encoder-decoder answers it, a classifier j
 can be compared with what was expected.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,12 @@ from errata.model.states import input_device
 from errata.model.tokens import pad, pad_id, token_ids
 
 STOPS = (".", "\n", "?", "!", ";")
+# Words with which a text goes on behind an object that is whole. Not "of": "United States of America" is another name.
+GOES_ON = frozenset((
+    "and", "or", "but", "nor", "in", "on", "at", "by", "for", "from", "to", "with", "is", "was", "are", "were", "who", "which",
+    "that", "as", "since", "until", "when", "where", "while", "because", "before", "after", "during",
+))  # fmt: skip
+JOINS = frozenset(("and", "or", "nor"))  # behind which a name may be a part of a longer one: "Trinidad and Tobago"
 
 
 def cut(text: str) -> str:
@@ -46,15 +53,18 @@ def _end(text: str) -> int | None:
 
 
 def says(text: str, expected: str) -> bool:
-    """Whether a continuation begins with the whole expected object: nothing but a boundary may follow it.
+    """Whether a continuation begins with the whole expected object: a boundary follows it, or a word of `GOES_ON`.
 
-    "Paris." and "Paris, the" say "Paris"; "Parisian" and "Paris Hilton" do not.
+    "Paris.", "Paris, the", "Paris in 1666" and "Paris and is" say "Paris"; "Parisian", "Paris Hilton" and "Paris and Rome" do not.
     """
     text = text.lstrip(" ")
     if not text.startswith(expected):
         return False
     rest = text[len(expected) :]
-    return not rest or rest[0] in ".,;:!?\n\"')" or (rest[0] == " " and not rest.strip())
+    if not rest.strip() or rest[0] in ".,;:!?\n\"')":
+        return True
+    word = re.match(r" +([a-z]+)(?![\w'’-])(?: +(?:the +)?(\w))?", rest)
+    return word is not None and word[1] in GOES_ON and not (word[1] in JOINS and (word[2] or "").isupper())
 
 
 def greedy(

@@ -56,6 +56,12 @@ class PortabilityPrompt(Row):
     form: Literal["cloze", "question"] = "cloze"
     condition_prompt: str = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _is_answered(self) -> "PortabilityPrompt":
+        if not self.answer.names:
+            raise ValueError("expected an answer with a name, found blank ones")
+        return self
+
 
 class CounterFactRecord(Row):
     """One record of CounterFact or multi-CounterFact."""
@@ -72,6 +78,11 @@ class CounterFactRecord(Row):
     def request(self) -> EditRequest:
         """The edit, with its judging prompts and no fit data. Raises RequestError for an edit that changes nothing."""
         return EditRequest.from_counterfact(self.model_dump(mode="json", by_alias=True))
+
+    @property
+    def about(self) -> tuple[str, str]:
+        """The relation and the new object, by their ids: what texts for consistency are about."""
+        return self.requested_rewrite.relation_id, self.requested_rewrite.target_new.id or ""
 
     @property
     def fact(self) -> str:
@@ -140,15 +151,14 @@ def counterfact_case(
     probes += [Probe("generation", prompt) for prompt in record.generation_prompts]
     for i, asked in enumerate(record.portability_prompts):
         tags = {"relation": asked.relation, "form": asked.form}
-        before = (asked.answer_true.value,) if asked.answer_true else ()
+        before = asked.answer_true.names[:1] if asked.answer_true else ()
         test = f"portability:{i}"
         condition = asked.condition_prompt
         probes += [
             Probe("portability", condition, asked.answer.names, test=test, joined="and", condition=True, tags=tags),
             Probe("portability", asked.prompt, asked.answer.names, before, test=test, tags=tags),
         ]
-    about = references or {}
-    texts = about.get((rewrite.relation_id, rewrite.target_new.id or ""), ())
+    texts = (references or {}).get(record.about, ())
     return Case(str(record.case_id), edit, tuple(probes), tuple(texts), {"relation": rewrite.relation_id}, tfidf)
 
 

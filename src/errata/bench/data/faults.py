@@ -79,7 +79,15 @@ def without(cases: Sequence[Case], problems: Iterable[Problem]) -> list[Case]:
 
 def _unasked(cases: Sequence[Case], path: str) -> list[Problem]:
     return [
-        Problem(path, 0, "", "there is no answer to a query, so the test is not asked", "unasked", case.id, unit)
+        Problem(
+            path,
+            0,
+            "",
+            "a query has no answer, or one without a name, so the test is not asked",
+            "unasked",
+            case.id,
+            unit,
+        )
         for case in cases
         for unit in case.tags.get("unasked", "").split()
     ]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from errata.bench.cases import Case, Probe
-from errata.bench.data.records import FieldError, NoEditError, Numbered, Problem, Row, form_of, read_records
+from errata.bench.data.records import FieldError, NoEditError, Numbered, Problem, Row, Stripped, form_of, read_records
 from errata.edit import EditRequest
 
 FEVER_LABELS = ("REFUTES", "SUPPORTS")
@@ -31,7 +31,7 @@ class Provenance(Row):
 class KiltOutput(Row):
     """A right answer; of a claim SUPPORTS or REFUTES. KILT has outputs with a provenance alone."""
 
-    answer: str | None = None
+    answer: Stripped | None = None
     provenance: tuple[Provenance, ...] = ()
 
 
@@ -45,7 +45,7 @@ class Unrelated(Row):
     """An input that an edit of the record must leave alone, and its right answer (ours; published files have none)."""
 
     input: str
-    answer: str
+    answer: Stripped
 
 
 class KiltRecord(Row):
@@ -61,8 +61,8 @@ class KiltRecord(Row):
     output: tuple[KiltOutput, ...] = Field(min_length=1)
     meta: KiltMeta = KiltMeta()
     rephrases: tuple[str, ...] = ()
-    prediction: str | None = None
-    alternatives: tuple[str, ...] = ()
+    prediction: Stripped | None = None
+    alternatives: tuple[Stripped, ...] = ()
     filtered_rephrases: tuple[str, ...] | None = None
     logit: float | None = None
     unrelated: tuple[Unrelated, ...] = ()
@@ -121,9 +121,12 @@ def targets_of(
     """(names of the new object, the old one if it is known). Raises NoEditError if there is no other answer to write."""
     if target == "correction":
         known = prediction if prediction.casefold() not in {a.casefold() for a in answers} else ""
-        return answers, known.strip() or None
-    if not alternative.strip():
+        return answers, known or None
+    if not alternative:
         raise NoEditError(field, "there is no other answer to write; target=correction would write the right one")
+    if alternative.casefold() in {a.casefold() for a in answers}:
+        message = f"{alternative!r} is a right answer, so there is nothing to write; target=correction would write it"
+        raise NoEditError(field, message)
     return (alternative,), answers[0]
 
 

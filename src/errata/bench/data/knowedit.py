@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import AliasChoices, Field, field_validator
 
 from errata.bench.cases import Case, Kind, Probe
-from errata.bench.data.records import Numbered, Problem, Row, form_of, read_rows, validated
+from errata.bench.data.records import Numbered, Problem, Row, Stripped, form_of, read_rows, validated
 from errata.edit import EditRequest
 from errata.errors import RecordError
 
@@ -34,7 +34,7 @@ class Question(Row):
             groups = (tuple(str(name) for name in truth),)
         else:
             groups = tuple((name,) if isinstance(name, str) else name for name in truth)
-        named = (tuple(name for name in group if name.strip()) for group in groups)
+        named = (tuple(name.strip() for name in group if name.strip()) for group in groups)
         return tuple(group for group in named if group)
 
 
@@ -43,7 +43,7 @@ class FactRow(Row):
 
     subject: str = Field(min_length=1)
     prompt: str = Field(min_length=1)
-    target_new: str = Field(min_length=1)
+    target_new: Stripped = Field(min_length=1)
     ground_truth: Truth | None = None
     rephrase_prompt: str | tuple[str, ...] | None = Field(
         None, validation_alias=AliasChoices("rephrase_prompt", "rephrase")

@@ -5,18 +5,24 @@ Only shapes are checked here; whether an answer is right, or stands in its own p
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TextIO, TypeVar
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
 from errata.bench.cases import Case
 from errata.errors import RecordError, RequestError
 from errata.files import write_atomically
 
 ProblemKind = Literal["row", "no edit", "conflict", "contradiction", "in prompt", "unasked", "condition"]
+
+_SPACE = re.compile(r"\s*")
+
+# An answer as it stands behind a prompt: published rows of zsRE and KnowEdit have it with the space between.
+Stripped = Annotated[str, StringConstraints(strip_whitespace=True)]
 
 
 class Row(BaseModel):
@@ -38,25 +44,26 @@ class Row(BaseModel):
         return data
 
 
-def _no_blank(name: str) -> str:
-    if not name.strip():
-        raise ValueError(f"expected a name, found {name!r}, with which every text begins; take it out")
-    return name
-
-
-Name = Annotated[str, AfterValidator(_no_blank)]
-
-
 class Answer(Row):
-    """An answer and the other names that count as it."""
+    """An answer and the other names that count as it. Blank names, with which every text begins, are dropped, and the first that is
+    left is the value; the value is empty where none is.
+    """
 
-    value: Name
-    aliases: tuple[Name, ...] = ()
+    value: str
+    aliases: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_name_is_blank(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("aliases", ()), list | tuple) or "value" not in data:
+            return data
+        names = [n for n in (data["value"], *data.get("aliases", ())) if not (isinstance(n, str) and not n.strip())]
+        return data | {"value": names[0] if names else "", "aliases": names[1:]}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name, the value first."""
-        return (self.value, *self.aliases)
+        """Every name, the value first; none of an answer without one."""
+        return (self.value, *self.aliases) if self.value else ()
 
 
 @dataclass(frozen=True)
@@ -205,6 +212,50 @@ def read_rows(path: Path, problems: list[Problem]) -> list[tuple[int, Any]]:
             except json.JSONDecodeError as error:
                 problems.append(Problem(str(path), number, "", f"expected one JSON object a line, but {error}"))
     return rows
+
+
+def streamed_rows(path: Path, problems: list[Problem], size: int = 1 << 22) -> Iterator[tuple[int, Any]]:
+    """As `read_rows`, for an array that is too large to be held: `size` characters of it at a time, or as many as a row takes."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(size)
+            if text.lstrip().startswith("["):
+                yield from _elements(file, text, path, size)
+                return
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"cannot read records from {path}: {getattr(error, 'strerror', None) or error}.") from None
+    yield from read_rows(path, problems)
+
+
+def _elements(file: TextIO, text: str, path: Path, size: int) -> Iterator[tuple[int, Any]]:
+    """The numbered elements of the JSON array that begins in the text and goes on in the file."""
+    decoder, number, at, whole = json.JSONDecoder(), 1, text.index("[") + 1, False
+    while True:
+        begin = _behind_space(text, at)
+        if number == 1 and text[begin : begin + 1] == "]":
+            return
+        try:
+            value, end = decoder.raw_decode(text, begin)
+            end = _behind_space(text, end)
+            if text[end : end + 1] not in (",", "]"):  # what is there of a number may be a number too
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        except json.JSONDecodeError as error:
+            if whole:
+                message = f"expected a JSON array in {path}, but {error.msg} in row {number}; is the file whole?"
+                raise RecordError(message) from None
+            more = file.read(max(size, len(text) - at))
+            text, at, whole = text[at:] + more, 0, not more
+            continue
+        yield number, value
+        if text[end] == "]":
+            return
+        number, at = number + 1, end + 1
+
+
+def _behind_space(text: str, at: int) -> int:
+    """Where the white space at a place ends."""
+    match = _SPACE.match(text, at)
+    return match.end() if match else at
 
 
 def _spellings(field: str, alias: Any) -> set[str]:

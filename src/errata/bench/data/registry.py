@@ -7,7 +7,7 @@ verified; for the others the error says where the authors keep the file. Atlas's
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
@@ -16,14 +16,14 @@ from typing import Any, Literal, TypeVar
 
 from errata.bench.cases import Case
 from errata.bench.data import faults
-from errata.bench.data.counterfact import counterfact_case, read_counterfact, read_multi_counterfact
+from errata.bench.data.counterfact import CounterFactRecord, counterfact_case, read_counterfact, read_multi_counterfact
 from errata.bench.data.kilt import FEVER_LABELS, claim_case, read_kilt
 from errata.bench.data.knowedit import knowedit_case, read_knowedit
 from errata.bench.data.known import known_facts
 from errata.bench.data.records import Numbered, Problem, Record, made, read_records, read_rows, settle
 from errata.bench.data.ripple import RippleRecord, ripple_case
 from errata.bench.data.scotus import read_scotus, scotus_case
-from errata.bench.data.snippets import SNIPPETS, load_snippets, references, tfidf_of
+from errata.bench.data.snippets import SNIPPETS, consistency_texts, snippet_groups
 from errata.bench.data.zsre import read_zsre, zsre_case
 from errata.edit import conflicts
 from errata.errors import ConfigError, RecordError
@@ -92,6 +92,7 @@ class Dataset:
     def file_of(self, split: str) -> str:
         """The file's published name. Raises ConfigError for a split that there is not."""
         if isinstance(self.file, str):
+            _check_only_split(self.name, split)
             return self.file
         if split not in self.file:
             raise ConfigError(f"expected a split of {self.name} ({', '.join(self.file)}), found {split!r}.")
@@ -254,24 +255,27 @@ def load_cases(
     together: bool = False,
     model_data: tuple[Any, Any] | None = None,
     left_out: list[Problem] | None = None,
+    references: bool = True,
     **options: str,
 ) -> list[Case]:
     """The cases of a data set, or of a file in one of its layouts (name: its path).
 
     n: the first `n` of a published file, as the papers take them; as many as are drawn of Atlas (None: all there are). seed: what is
-    drawn. split: Atlas's facts, or a file of KnowEdit; the other sets have one. path: the file, or a folder that holds it under
-    its published name. flagged: with "drop", tests that `check` finds fault with are left out, and cases whose edit it does;
+    drawn. split: Atlas's facts, or a file of KnowEdit, FEVER or SCOTUS; the other sets, and files, have one, test. path: the file, or
+    a folder that holds it under its published name.
+    flagged: with "drop", tests that `check` finds fault with are left out, and cases whose edit it does;
     `model_data` (model, tokenizer, unedited) adds those whose conditions fail on it. bad: with "skip", rows that do not
     fit are left out. Rows that fit and have nothing to write (zsRE's without `alt`) always are; rows behind those that `n` takes
     are nobody's concern. What is left out is counted in a warning, or added to `left_out`. together: the edits will be in the
-    model at once, so none may be about the fact of another. options: as `DATASETS[name].options` says.
+    model at once, so none may be about the fact of another. references: whether cases of CounterFact get the texts that
+    consistency is measured against, where there are any; the published file is large. options: as `DATASETS[name].options` says.
 
     Raises RecordError for bad rows, and for edits that conflict if they are to be together; ConfigError for names, options
     and files that there are not.
     """
     _check_options("any data set", CHOICES, {"flagged": flagged, "bad": bad})
     problems: list[Problem] = []
-    dataset, file, cases, rows = _cases(name, n, seed, split, path, options, problems)
+    dataset, file, cases, rows = _cases(name, n, seed, split, path, options, problems, references)
     _pass_over(problems, bad, dataset.name, left_out)
     if together:
         one_edit_per_fact(cases)
@@ -306,10 +310,12 @@ def first_records(
     kind: type[Record],
     n: int | None,
     *,
+    split: str = "test",
     bad: Bad = "refuse",
     left_out: list[Problem] | None = None,
 ) -> list[Record]:
-    """The first n records of a file, for what is no case yet. Arguments and errors as in `load_cases`."""
+    """The first n records of a file, which has one split, for what is no case yet. Arguments and errors as in `load_cases`."""
+    _check_only_split(str(path), split)
     _check_options("any data set", CHOICES, {"bad": bad})
     problems: list[Problem] = []
     found = _first(n, read_records(path, kind, problems), problems)
@@ -335,9 +341,10 @@ def check(
         facts = _facts(name, n, seed, split, path, problems)
         return problems + faults.check_facts(facts, str(path or name))
     if name in DATASETS and DATASETS[name].layout == "texts":
-        load_snippets(fetch(DATASETS[name], split, path), problems)
+        for _ in snippet_groups(fetch(DATASETS[name], split, path), problems):
+            pass
         return problems
-    dataset, file, cases, rows = _cases(name, n, seed, split, path, options, problems)
+    dataset, file, cases, rows = _cases(name, n, seed, split, path, options, problems, "snippets" in options)
     return problems + faults.check_cases(cases, str(file or dataset.name), model_data, rows)
 
 
@@ -479,6 +486,7 @@ def _cases(
     path: str | Path | None,
     options: Mapping[str, str],
     problems: list[Problem],
+    texts: bool,
 ) -> tuple[Dataset, Path | None, list[Case], dict[str, int]]:
     """The data set, its file if it has one, its cases and their rows in it; what does not fit goes to `problems`."""
     dataset = DATASETS.get(name)
@@ -493,9 +501,13 @@ def _cases(
         # Atlas's own module: the one place where benchmarks reach it, and only when it is asked for.
         made_here: list[Case] = import_module("errata.atlas.cases").cases(name, n=n, seed=seed, split=split, **options)
         return dataset, None, made_here, {}
+    if name not in DATASETS:
+        _check_only_split(name, split)
     file = Path(path) if name not in DATASETS and path else fetch(dataset, split, path)
     rows = _READERS[dataset.layout](file, problems)
-    found = _first(n, made(file, rows, _maker(dataset, seed, options, file.parent), problems), problems)
+    found = _first(n, made(file, rows, _maker(dataset, seed, options), problems), problems)
+    if texts and dataset.layout in ("counterfact", "multi-counterfact"):
+        found = _with_references(found, dict(rows), options.get("snippets"), file.parent, problems)
     return dataset, file, [case for _, case in found], {case.id: row for row, case in found}
 
 
@@ -516,7 +528,7 @@ def _pass_over(problems: list[Problem], bad: Bad, name: str, left_out: list[Prob
         warnings.warn(f"{len(problems)} rows of {name} left out; the first: {problems[0]}", stacklevel=3)
 
 
-def _maker(dataset: Dataset, seed: int, options: Mapping[str, Any], folder: Path) -> Callable[[Any], Case]:
+def _maker(dataset: Dataset, seed: int, options: Mapping[str, Any]) -> Callable[[Any], Case]:
     if dataset.layout == "zsre":
         return partial(zsre_case, seed=seed, **options)
     plain: dict[Layout, Callable[[Any], Case]] = {
@@ -525,14 +537,27 @@ def _maker(dataset: Dataset, seed: int, options: Mapping[str, Any], folder: Path
         "scotus": scotus_case,
         "ripple": ripple_case,
     }
-    if dataset.layout in plain:
-        return plain[dataset.layout]
+    return plain.get(dataset.layout, counterfact_case)
+
+
+def _with_references(
+    found: list[tuple[int, Case]],
+    records: Mapping[int, CounterFactRecord],
+    snippets: str | None,
+    folder: Path,
+    problems: list[Problem],
+) -> list[tuple[int, Case]]:
+    """The numbered cases with their texts for consistency: of the option's file, or of the one in the folder or the data folder."""
     beside = (place / SNIPPETS for place in (folder, data_folder()) if (place / SNIPPETS).is_file())
-    snippets = options.get("snippets") or next(beside, None)
-    if snippets is None:
-        return counterfact_case
-    groups = load_snippets(snippets)
-    return partial(counterfact_case, references=references(groups), tfidf=tfidf_of(snippets, groups))
+    path = snippets or next(beside, None)
+    if path is None or not found:
+        return found
+    keys = {row: records[row].about for row, _ in found}
+    bad: list[Problem] = []
+    texts, tfidf = consistency_texts(path, set(keys.values()), bad)
+    # Rows of another file than the cases': the unit says so where the file's name does not.
+    problems += [replace(problem, unit="attribute snippets") for problem in bad]
+    return [(row, replace(case, references=texts.get(keys[row], ()), tfidf=tfidf)) for row, case in found]
 
 
 def _facts(
@@ -543,8 +568,16 @@ def _facts(
         return [(0, fact) for fact in import_module("errata.atlas.cases").known_facts(n=n, seed=seed, split=split)]
     if name in DATASETS and name not in TRACED:
         raise ConfigError(f"{name} holds edits; load_cases reads it.")
+    if name not in DATASETS:
+        _check_only_split(name, split)
     file = fetch(DATASETS[name], split, path) if name in DATASETS else Path(name)
     return _first(n, known_facts(file, problems), problems)
+
+
+def _check_only_split(name: str, split: str) -> None:
+    """Raises ConfigError for a split of what is one file."""
+    if split != "test":
+        raise ConfigError(f"{name} has one split, test, and none named {split!r}; leave the split out.")
 
 
 def _check_options(name: str, there: Mapping[str, tuple[str, ...]], options: Mapping[str, str]) -> None:

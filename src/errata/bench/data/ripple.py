@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import AliasChoices, Field, model_validator
 
 from errata.bench.cases import Case, Kind, Probe
-from errata.bench.data.records import Answer, FieldError, Problem, Row, form_of, load_records
+from errata.bench.data.records import Answer, FieldError, NoEditError, Problem, Row, form_of, load_records
 from errata.edit import EditRequest
 
 Id = str | int
@@ -62,6 +62,11 @@ class RippleQuery(Row):
     def _single_ids_are_lists(cls, data: Any) -> Any:
         if isinstance(data, dict):
             single = {k: (data[k],) for k in ("target_ids", "second_hop_target_ids") if isinstance(data.get(k), Id)}
+            subject = data.get("subject_id")
+            if (
+                isinstance(subject, list | tuple) and subject
+            ):  # as the published entailments about the new object have it
+                single["subject_id"] = subject[0]
             return data | single
         return data
 
@@ -70,6 +75,11 @@ class RippleQuery(Row):
         if self.query_type == "two_hop" and (self.second_relation is None or self.second_hop_target_ids is None):
             raise ValueError("a two_hop query needs second_relation and second_hop_target_ids")
         return self
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether there are answers, each with a name."""
+        return bool(self.answers) and all(answer.names for answer in self.answers)
 
 
 class RippleTest(Row):
@@ -99,11 +109,13 @@ class RippleEdit(RippleFact):
 
 def _tests(axis: Axis, *other_spellings: str) -> Any:
     names = AliasChoices(axis, axis.lower(), *other_spellings)
-    return Field(validation_alias=names, serialization_alias=axis)
+    return Field((), validation_alias=names, serialization_alias=axis)
 
 
 class RippleRecord(Row):
-    """One edit of RippleEdits with its tests along six axes."""
+    """One edit of RippleEdits with its tests along six axes, of which a file may lack some (the published facts that are new have
+    no Forgetfulness).
+    """
 
     example_type: str
     edit: RippleEdit
@@ -113,6 +125,12 @@ class RippleRecord(Row):
     compositionality_i: tuple[RippleTest, ...] = _tests("Compositionality_I")
     compositionality_ii: tuple[RippleTest, ...] = _tests("Compositionality_II")
     forgetfulness: tuple[RippleTest, ...] = _tests("Forgetfulness")
+
+    @model_validator(mode="after")
+    def _has_an_axis(self) -> "RippleRecord":
+        if self.model_fields_set <= {"example_type", "edit"}:
+            raise ValueError(f"expected tests under some of {', '.join(KINDS)}, found none of these fields")
+        return self
 
     @property
     def key(self) -> str:
@@ -135,7 +153,7 @@ def ripple_case(record: RippleRecord, request: EditRequest | None = None) -> Cas
 
     Each test is its conditions and its queries under one name. With a `request`, compositions and subject aliasing are tagged with
     their stratum: whether the request's implications hold the composition, or the alias (in whatever words). A query without an
-    answer cannot be asked; its test is left out and named in the case's tag "unasked".
+    answer, or with one that has no name, cannot be asked; its test is left out and named in the case's tag "unasked".
     """
     edit = request or ripple_request(record)
     old = (edit.target_true,) if edit.target_true else ()
@@ -144,7 +162,7 @@ def ripple_case(record: RippleRecord, request: EditRequest | None = None) -> Cas
     for axis, kind in KINDS.items():
         for i, test in enumerate(record.axis(axis)):
             name = f"{kind}:{i}"
-            if not all(query.answers for query in (*test.test_queries, *test.condition_queries)):
+            if not all(query.is_answered for query in (*test.test_queries, *test.condition_queries)):
                 unasked.append(name)
                 continue
             before = old if kind == "subject_aliasing" else ()
@@ -228,8 +246,9 @@ def ripple_request(record: RippleRecord) -> EditRequest:
 
     Prompt and object are parted at the copula; where the object may hold one too, by what the sentence shares with the
     original fact's, or by a name that the aliasing tests expect. The subject is what the prompt shares with prompts about other
-    relations of it; where there are none, the request has no subject, and methods that need one refuse it.
-    Raises FieldError for a sentence without a copula.
+    relations of it, or what stands where the published statements have it; else the request has no subject, and methods that need
+    one refuse it.
+    Raises FieldError for a sentence without a copula, NoEditError for an object that was the original one's already.
     """
     edit = record.edit
     prompt, new = _parted(record)
@@ -237,6 +256,10 @@ def ripple_request(record: RippleRecord) -> EditRequest:
     if edit.original_fact:
         said = edit.original_fact.prompt.rstrip().removesuffix(".")
         old = said[len(prompt) :].strip() if said.startswith(prompt) else None
+        if old and old.casefold() == new.casefold():
+            raise NoEditError(
+                "edit.original_fact", f"the object is {new!r} before and after, so there is nothing to write"
+            )
     subject = _subject(record, prompt)
     return EditRequest(
         subject=subject,
@@ -279,14 +302,24 @@ def _subject(record: RippleRecord, prompt: str) -> str | None:
             others = query.prompt.split(" ")
             for block in SequenceMatcher(None, words, others, autojunk=False).get_matching_blocks():
                 run = words[block.a : block.a + block.size]
-                if block.a == 0 and run:
-                    run[0] = run[0].casefold()  # "The" at the beginning of the sentence
+                if block.a == block.b == 0 and run[:1] == ["The"]:
+                    del run[0]  # of the sentence; the subject's own where it stands inside the other prompt
                 while run and run[0] in frame:
                     run.pop(0)
                 while run and run[-1] in frame:
                     run.pop()
                 text = " ".join(run)
-                if text and text in prompt:
+                if text not in ("", "The"):
                     found.add(text)
     named = [text for text in found if any(c.isupper() or c.isdigit() for c in text)] or list(found)
-    return max(named, key=lambda text: (len(text), text), default=None)
+    return max(named, key=lambda text: (len(text), text), default=_stated(edit.relation, prompt))
+
+
+def _stated(relation: str, prompt: str) -> str | None:
+    """The subject as the published statements name it: "X follows", or behind "of" where only the relation's words come before."""
+    if relation in ("FOLLOWS", "FOLLOWED_BY"):
+        match = re.fullmatch(r"(.+?) (?:is followed by|follows)", prompt)
+        return match[1] if match else None
+    match = re.fullmatch(r"The ([a-z ]+) of ((?:the )?[A-Z0-9].*) (?:is|are)", prompt)
+    own = {form for word in relation.casefold().split("_") for form in (word, f"{word}s")}
+    return match[2] if match and set(match[1].split()) <= _FRAME | own else None

@@ -7,14 +7,15 @@ target: "counterfactual" writes `alt` (or one of `alternatives`) over the true a
 the true answer over whatever the model says, as ROME and MEMIT do. Figures of the two do not compare.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from errata.bench.cases import Case, Kind, Probe
 from errata.bench.data.kilt import KiltRecord, Target, question_case, targets_of
-from errata.bench.data.records import FieldError, Numbered, Problem, Row, form_of, read_rows, validated
+from errata.bench.data.records import FieldError, Numbered, Problem, Row, Stripped, form_of, read_rows, validated
 from errata.edit import EditRequest
 
 
@@ -23,13 +24,20 @@ class ZsreRow(Row):
 
     subject: str = Field(min_length=1)
     src: str = Field(min_length=1)
-    pred: str = ""
+    pred: Stripped = ""
     rephrase: str = Field(min_length=1)
-    alt: str = ""
-    answers: tuple[str, ...] = Field(min_length=1)
+    alt: Stripped = ""
+    answers: tuple[Stripped, ...] = Field(min_length=1)
     loc: str = Field(min_length=1)
-    loc_ans: str = Field(min_length=1)
+    loc_ans: Stripped = Field(min_length=1)
     cond: str = ""
+
+    @field_validator("answers")
+    @classmethod
+    def _none_is_blank(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not any(value):
+            raise ValueError("expected an answer, found blank ones")
+        return tuple(answer for answer in value if answer)
 
 
 def read_zsre(path: str | Path, problems: list[Problem]) -> Numbered[Row]:
@@ -51,16 +59,15 @@ def zsre_case(record: Any, target: Target = "counterfactual", seed: int = 0) -> 
 
 
 def _array(record: ZsreRow, target: Target) -> Case:
-    at = record.src.casefold().find(record.subject.casefold())
-    if at < 0:
+    named = re.search(re.escape(record.subject), record.src, re.IGNORECASE)
+    if named is None:
         raise FieldError(
             "src", f"the question {record.src!r} does not name its subject {record.subject!r}; name it there"
         )
-    end = at + len(record.subject)
     new, old = targets_of(record.answers, record.alt, record.pred, target, "alt")
     request = EditRequest(
-        subject=record.src[at:end],
-        prompt=f"{record.src[:at]}{{}}{record.src[end:]}",
+        subject=named[0],
+        prompt=f"{record.src[: named.start()]}{{}}{record.src[named.end() :]}",
         target_new=new[0],
         target_true=old,
     )

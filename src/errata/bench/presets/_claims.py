@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from errata.bench.cases import Case, Probe
@@ -62,8 +63,11 @@ def _records(context: Context, n: int) -> list[Any]:
         from errata.atlas.world import load_world
 
         return fever_records(load_world(), number, split=context.split, seed=context.seed)
-    path = context.data if context.data not in (None, "fever") else fetch(DATASETS["fever"])
     left_out: list[Problem] = []
-    records = first_records(path, KiltRecord, number, left_out=left_out, **options)
+    if context.data in (None, "fever"):
+        path, split = fetch(DATASETS["fever"], context.split), "test"
+    else:
+        path, split = Path(context.data), context.split
+    records = first_records(path, KiltRecord, number, split=split, left_out=left_out, **options)
     common.tell(context, context.data or "fever", left_out)
     return records

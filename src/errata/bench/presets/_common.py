@@ -69,12 +69,14 @@ def draw(
     published: str = "counterfact",
     published_n: int | None = None,
     old_objects: bool = True,
+    references: bool = False,
     **atlas_options: str,
 ) -> list[Case]:
     """The context's cases: of the data set that it names, else Atlas's for Atlas, and the paper's for any other model.
 
     The number is the context's, else `n` for Atlas's data and `published_n` for others (None: all that there are).
-    old_objects: whether the model's own answer stands in where an edit names no old object. atlas_options: of Atlas's data set
+    old_objects: whether the model's own answer stands in where an edit names no old object. references: whether cases need texts
+    for consistency, which are read of a large file (Atlas's have them anyway). atlas_options: of Atlas's data set
     alone; the context's own options go before them. What is left out of the data is added to the context.
     """
     from errata.bench.data.registry import load_cases
@@ -84,7 +86,8 @@ def draw(
     number = context.n if context.n is not None else n if name.startswith("atlas") else published_n
     options: dict[str, Any] = {**(atlas_options if name == atlas else {}), **context.data_options}
     left_out: list[Problem] = []
-    cases = load_cases(name, n=number, seed=context.seed, split=context.split, left_out=left_out, **options)
+    common: dict[str, Any] = {"seed": context.seed, "split": context.split, "left_out": left_out}
+    cases = load_cases(name, n=number, references=references, **common, **options)
     tell(context, name, left_out)
     return with_old_objects(context.model, context.tokenizer, cases) if old_objects else cases
 

@@ -49,7 +49,7 @@ DRAWDOWN = {"drawdown": "drawdown.nll"}
 def cases(context: Context) -> Sequence[Case]:
     """CounterFact's edits with everything that the table scores, and unrelated texts; one free text in two for each edit of Atlas."""
     published_n = FEWER.get(anatomy(context.model).family, PUBLISHED_N)
-    drawn = common.draw(context, N, published_n=published_n)
+    drawn = common.draw(context, N, published_n=published_n, references=True)
     most = {"generation": 5} if common.is_atlas(context.model_name) else {}
     chosen = common.only(drawn, "edit", "paraphrase", "neighborhood", "generation", most=most)
     texts = common.unrelated(context)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from errata.bench.cases import Case
 from errata.bench.makers import doubts
-from errata.bench.preset import Context, Preset
+from errata.bench.preset import Context, Preset, unfit
 from errata.bench.presets import _common as common
 from errata.bench.presets import sake_counterfact, sake_doubt, sake_ripple
+from errata.errors import ConfigError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -23,13 +24,17 @@ METRICS = sake_counterfact.OURS | {k: v for k, v in sake_ripple.OURS.items() if 
 
 
 def cases(context: Context) -> Sequence[Case]:
-    """As many CounterFact edits, with doubts, as RippleEdits edits; edits of a fact that is in both are taken once."""
-    plain = replace(context, data=None)
-    first = common.only(common.draw(plain, N, published_n=PUBLISHED_N), "edit", "paraphrase", "neighborhood")
+    """As many CounterFact edits, with doubts, as RippleEdits edits; edits of a fact that is in both are taken once.
+
+    Raises ConfigError for a data set that is to stand in for both.
+    """
+    if (why := unfit(PRESET, context.model, context.data)) is not None:
+        raise ConfigError(f"{why}; leave it out, or take the preset of one of the two.")
+    first = common.only(common.draw(context, N, published_n=PUBLISHED_N), "edit", "paraphrase", "neighborhood")
     first = [replace(c, id=f"counterfact-{c.id}", probes=(*c.probes, *doubts(c)[:2])) for c in first]
     keys = {case.request.key for case in first}
     # The first ones of that preset's own draw, so that their fits are shared.
-    drawn = sake_ripple.cases(replace(plain, n=None))[: len(first)]
+    drawn = sake_ripple.cases(replace(context, n=None))[: len(first)]
     second = [replace(c, id=f"ripple-{c.id}") for c in drawn if c.request.key not in keys]
     return [*first, *second]
 
@@ -63,4 +68,5 @@ PRESET = Preset(
     published_n=PUBLISHED_N,
     figures=figures,
     roles=("decoder", "encoder-decoder"),
+    own_data="both CounterFact and RippleEdits",
 )

@@ -59,7 +59,7 @@ BASE_NOTE = (
 
 def cases(context: Context) -> Sequence[Case]:
     """CounterFact's edits from which something follows through the new object."""
-    drawn = common.draw(context, N, published_n=PUBLISHED_N, portable="yes")
+    drawn = common.draw(context, N, published_n=PUBLISHED_N, references=True, portable="yes")
     most = {"generation": 3, "neighborhood": 4} if common.is_atlas(context.model_name) else {}
     return common.only(drawn, "edit", "paraphrase", "neighborhood", "portability", "generation", most=most)
 
