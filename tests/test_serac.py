@@ -228,6 +228,20 @@ def test_training_learns_the_scope_and_the_answers(
             assert sum(d.edit is not None for d in handle.decide(others)) == 0
 
 
+def test_learning_rates_fall_to_nothing(tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A share of (steps - step) / steps of each, which the optimisers have in that step; as published they stay."""
+    model = tiny("gpt2")
+    for editor, share in ((SERAC(**QUICK | {"steps": 4}), 0.25), (SERAC.preset("published", **QUICK), 1.0)):
+        with quiet(model), torch.enable_grad():
+            learner = editor.learner(model, tokenizer, ITEMS[1:], ITEMS[:1], 0)
+            learner.step(editor.config.steps * 3 // 4)
+        found = {name: optimiser.param_groups[0]["lr"] for name, optimiser in learner.optimisers.items()}
+        assert found == {
+            "gate": pytest.approx(share * editor.config.gate_lr),
+            "h": pytest.approx(share * editor.config.lr),
+        }
+
+
 def test_published_training_keeps_other_facts_where_items_name_none(
     tiny: Tiny, tokenizer: PreTrainedTokenizerFast
 ) -> None:

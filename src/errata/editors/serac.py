@@ -46,7 +46,8 @@ class SERACConfig(LearnedConfig):
 
     layers: blocks of the counterfactual model, which is as wide as the edited one; start: those are a "copy" of as many of its
     blocks, evenly chosen, or "fresh". reads: the block whose states phi projects, None for near 0.6 of the depth; width: of phi;
-    scale: in g; gate_lr: of phi. supervised: labels for g and h, or (published) the likelihood through the mixture, weighed
+    scale: in g; gate_lr: of phi; decay: whether the learning rates fall linearly, to 0 behind the last step. supervised: labels
+    for g and h, or (published) the likelihood through the mixture, weighed
     `edit`, and the divergence from the edited model on what must stay, weighed `locality`. negatives: near prompts of other
     facts, for each item; wordings: of each item that are trained on besides its prompt; shuffled: share of
     the records whose object is another item's, so that h learns to read. In a fit: mix, "hard" or "soft" (published); threshold: of
@@ -59,6 +60,7 @@ class SERACConfig(LearnedConfig):
     width: int = 64
     scale: float = 1.0
     gate_lr: float = 3e-3
+    decay: bool = True
     supervised: bool = True
     edit: float = 0.1
     locality: float = 1.0
@@ -109,6 +111,7 @@ class SERAC(LearnedEditor[SERACConfig]):
             "mix": "soft",
             "lr": 1e-5,
             "gate_lr": 1e-5,
+            "decay": False,
             "steps": 10_000,
             "batch": 10,
             "wordings": 0,
@@ -316,9 +319,15 @@ class SERACLearner(Learner):
             optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), 100.0)
-        for optimiser in self.optimisers.values():
+        for name, optimiser in self.optimisers.items():
+            optimiser.param_groups[0]["lr"] = self.rate(name, number)
             optimiser.step()
         return float(loss.detach())
+
+    def rate(self, name: str, number: int) -> float:
+        """The learning rate of g ("gate") or h in a step."""
+        full = self.config.gate_lr if name == "gate" else self.config.lr
+        return full * max(0.0, 1 - number / self.config.steps) if self.config.decay else full
 
     def scope_loss(self, number: int) -> Tensor:
         """Binary cross-entropy of g in a step: wordings in scope, and out of it as much for near texts as for any others'."""
