@@ -391,7 +391,7 @@ def test_a_thousand_edits_in_random_order_equal_the_survivors(
     ids = torch.randint(1, 384, (n, 5), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain = model(ids).logits
-    started = time.perf_counter()
+    started = time.process_time()
     loaded: dict[int, tuple[Patch, Handle]] = {}
     waiting = rng.sample(range(n), n)
     operations = {"add": 0, "revise": 0, "remove": 0}
@@ -405,7 +405,7 @@ def test_a_thousand_edits_in_random_order_equal_the_survivors(
             loaded[which] = patch, patch.attach(model, tokenizer)
         operations[kind] += 1
     assert min(operations.values()) > 100
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     with torch.no_grad():
         found = model(ids).logits
         said = model.generate(ids[:100], attention_mask=torch.ones(100, 5, dtype=torch.long), max_new_tokens=2)
@@ -429,7 +429,7 @@ def test_a_thousand_edits_in_random_order_equal_the_survivors(
     assert hit > 0.9  # 32 dimensions do not let every one of 384 tokens win
     rest = [i for i in range(n) if i not in loaded]
     assert torch.equal(found[rest], plain[rest])
-    assert seconds < 20  # a few on an idle core
+    assert seconds < 20  # of one core; a few on an idle machine
 
 
 def test_a_patch_of_a_thousand_edits_is_revised_in_no_time(
