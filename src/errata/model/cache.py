@@ -21,7 +21,8 @@ def cache_given(kwargs: Mapping[str, Any]) -> Any:
 
 def cache_in(output: Any) -> Any:
     """The cache in a model's output, None if there is none."""
-    return next((found for name in NAMES if (found := getattr(output, name, None)) is not None), None)
+    name = next((name for name in NAMES if hasattr(output, name)), None)  # the old name is there too, and warns
+    return getattr(output, name) if name else None
 
 
 def cached_tokens(cache: Any) -> int:
