@@ -190,11 +190,11 @@ def test_the_patches_of_all_looks_before_are_made_again_for_the_last(place: Path
     about = json.loads((found.path / "summary.json").read_text())["methods"][STREAM.label]
     assert about["tokens_per_second"] and about["edits_while_timed"] == 4  # though the look after 5 added none
     assert read_rows(found.path)["edits"].max() == 4
-    for file in ("units/rome_stream-00004.parquet", "fits/rome_stream-stream-00004.parquet"):
+    for file in ("units/rome_stream-00004-0000.parquet", "fits/rome_stream-stream-00004.parquet"):
         (found.path / file).unlink()
     seen: list[str] = []
     start(place, "a", STREAM, every=1, progress=lambda p: seen.append(p.job.name))
-    assert seen == [*(f"rome_stream-stream-0000{i}" for i in (1, 2, 3, 4)), "rome_stream-00004"]
+    assert seen == [*(f"rome_stream-stream-0000{i}" for i in (1, 2, 3, 4)), "rome_stream-00004-0000"]
     assert texts(read_rows(found.path)) == texts(rows) and texts(read_fits(found.path)) == texts(fits)
     # all of them from the cache: what could not be fitted is still named
     other = start(place, "b", STREAM, every=1)

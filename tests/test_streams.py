@@ -150,7 +150,7 @@ def test_jobs_of_a_stream() -> None:
     own = [(job.name, job.kind, job.edits, job.needs) for job in found if job.method == "g"]
     assert own[:3] == [
         ("g-stream-00010", "stream", 10, ()),
-        ("g-00010", "ask", 10, ("g-stream-00010",)),
+        ("g-00010-0000", "ask", 10, ("g-stream-00010",)),
         ("g-00010-world", "world", 10, ("g-stream-00010",)),
     ]
     assert [(name, edits, needs) for name, kind, edits, needs in own if kind == "stream"][1:] == [
@@ -245,7 +245,7 @@ def test_a_stream_run_and_resumed(streamed: tuple[Path, Any]) -> None:
             of = own.groupby("case")["passed"].mean() if kind == "paraphrase" else own["passed"]
             assert shown[name].value == pytest.approx(of.mean()), (edits, name)
         assert shown["ERR"].n == edits
-    for gone in ("units/grace-00006.parquet", "fits/grace-stream-00006.parquet"):
+    for gone in ("units/grace-00006-0000.parquet", "fits/grace-stream-00006.parquet"):
         (out / gone).unlink()
     run(Plan(STREAM, "atlas-docket", STREAM.methods, split="dev"), out, *model, cache=out.parent / "cache")
     again = read_rows(out)

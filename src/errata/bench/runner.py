@@ -52,6 +52,7 @@ from errata.patch import Patch
 from errata.prompts.sources import with_old_object
 
 SHARD = 16  # cases
+LOOKED_AT = 200  # cases of a stream, of which those that were edited are asked
 
 
 @dataclass(frozen=True)
@@ -247,10 +248,15 @@ def plan_jobs(
             after, end = 0, min(n, limit)
             for stop in sorted({min(stop, end) for stop in range(look, end + look, look)}):
                 job = Job(f"{name}-stream-{stop:05}", "stream", label, (0, count), stop, tuple(fits), after)
-                fits = [job.name]
-                jobs += [job, Job(f"{name}-{stop:05}", "ask", label, (0, count), stop, (job.name,), after)]
+                fits, look_at = [job.name], f"{name}-{stop:05}"
+                jobs.append(job)
+                for k, start in enumerate(
+                    range(0, count, LOOKED_AT)
+                ):  # not in one piece, so that no worker waits long for another
+                    span = (start, min(count, start + LOOKED_AT))
+                    jobs.append(Job(f"{look_at}-{k:04}", "ask", label, span, stop, (job.name,), after))
                 if world:
-                    jobs.append(Job(f"{name}-{stop:05}-world", "world", label, (0, 0), stop, (job.name,), after))
+                    jobs.append(Job(f"{look_at}-world", "world", label, (0, 0), stop, (job.name,), after))
                 after = stop
         else:
             stops = sorted({min(n, checkpoint) for checkpoint in (*checkpoints, n)} - {0})
