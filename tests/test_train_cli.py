@@ -18,6 +18,9 @@ from errata.atlas.training import SETS, judging_facts, training_items
 from errata.atlas.world import World, link, load_world
 from errata.bench.data.training import load_items, of_classifier
 from errata.cli.train import default_set
+from errata.editors.ke import KnowledgeEditor
+from errata.editors.mend import MEND
+from errata.editors.serac import SERAC
 from errata.errors import ConfigError, RecordError, RequestError
 from errata.model.loading import bundled, load
 from errata.training import TrainingItem, write_items
@@ -117,11 +120,11 @@ def test_on_the_docket_the_named_command_is_one_that_works(folder: Path) -> None
 
 def test_the_default_set_is_the_models_own() -> None:
     for name, editor, own in (
-        ("atlas-bert", "mend", "atlas-fever"), ("atlas-docket", "mend", "atlas-docket"), ("atlas-t5", "ke-cf", "atlas"),
-        ("atlas", "ke", "atlas-zsre"),
+        ("atlas-bert", MEND(), "atlas-fever"), ("atlas-docket", MEND(), "atlas-docket"),
+        ("atlas-t5", KnowledgeEditor.preset("ke-cf"), "atlas"), ("atlas", KnowledgeEditor(), "atlas-zsre"), ("atlas", SERAC(), "atlas"),
     ):  # fmt: skip
         if name in bundled():
-            assert default_set(name, load(name)[0], editor) == own
+            assert default_set(name, load(name)[0], editor.rewrites) == own
 
 
 def test_what_train_refuses(folder: Path) -> None:

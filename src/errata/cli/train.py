@@ -70,7 +70,7 @@ def train(
     own = [f"steps={steps}"] if steps is not None else []
     editor = make_editor(method, preset, [*(settings or ()), *own], config)
     loaded, tokenizer = load(model, dtype, device_map, threads)
-    named = data or default_set(model, loaded, editor.name)
+    named = data or default_set(model, loaded, editor.rewrites)
     items = items_of(named, loaded, tokenizer)
     folder = out_path or default_folder(loaded, tokenizer)
     started, figures = time.perf_counter(), dict[str, float]()
@@ -113,9 +113,9 @@ def train(
     )
 
 
-def default_set(model: str, loaded: Any, name: str) -> str:
+def default_set(model: str, loaded: Any, rewrites: bool) -> str:
     """Atlas's set for a model of its own: claims or cases for a classifier, by its labels, else questions, or counterfactual
-    rewrites for "-cf" editors.
+    `rewrites` if the editor is made for them.
 
     Raises ConfigError for any other model.
     """
@@ -126,7 +126,7 @@ def default_set(model: str, loaded: Any, name: str) -> str:
 
     if is_atlas(model):
         if anatomy(loaded).role != "classifier":
-            return "atlas" if name.endswith("-cf") else "atlas-zsre"
+            return "atlas" if rewrites else "atlas-zsre"
         for found, labels in (("atlas-fever", LABELS), ("atlas-docket", load_docket().areas)):
             if sorted(labels) == sorted(label_names(loaded)):
                 return found

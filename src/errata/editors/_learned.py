@@ -108,16 +108,23 @@ C = TypeVar("C", bound=LearnedConfig)
 class LearnedEditor(Editor[C]):
     """An editor that is trained before it edits: `train` writes an artefact, `fit` loads it.
 
-    fit_only: options that say nothing about the training; all others are those that the artefact was trained with.
+    fit_only: options that say nothing about the training; all others are those that the artefact was trained with. reads_rewrites:
+    whether it is made for counterfactual rewrites under any name, and not for questions.
     """
 
     learns: ClassVar[bool] = True
     fit_only: ClassVar[tuple[str, ...]] = ("artefact",)
+    reads_rewrites: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
         """What the artefact is called."""
         return self.config.name or self.method
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether counterfactual rewrites are what it is trained on where nothing else is named: by its kind, or as "-cf"."""
+        return self.reads_rewrites or self.name.endswith("-cf")
 
     # -- training ----------------------------------------------------------------------------------------------------
 

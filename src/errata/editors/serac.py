@@ -104,6 +104,7 @@ class SERAC(LearnedEditor[SERACConfig]):
     scoped = True
     supports = ("decoder", "classifier")
     fit_only = ("artefact", "mix", "threshold")
+    reads_rewrites = True  # an edit's text is a cloze and its object, more often than a question
     Config = SERACConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "published": {
