@@ -62,10 +62,8 @@ class RippleQuery(Row):
     def _single_ids_are_lists(cls, data: Any) -> Any:
         if isinstance(data, dict):
             single = {k: (data[k],) for k in ("target_ids", "second_hop_target_ids") if isinstance(data.get(k), Id)}
-            subject = data.get("subject_id")
-            if (
-                isinstance(subject, list | tuple) and subject
-            ):  # as the published entailments about the new object have it
+            subject = data.get("subject_id")  # a list in published entailments about the new object
+            if isinstance(subject, list | tuple) and subject:
                 single["subject_id"] = subject[0]
             return data | single
         return data
