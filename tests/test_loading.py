@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_states_equal_hidden_states_of_each_row_alone(tiny: Tiny, family: str, t
     model = tiny(family)
     rows = tokens.token_ids(tokenizer, TEXTS)
     positions = [[0, -1], [-1], [], [0]]
-    sites = [0, -1, "final"]
+    sites: list[int | str] = [0, -1, "final"]
     got = states_at(model, rows, positions, sites, batch_tokens=40)
     for i, row in enumerate(rows):
         with torch.no_grad():
@@ -74,6 +75,10 @@ def test_states_equal_hidden_states_of_each_row_alone(tiny: Tiny, family: str, t
         assert got[-1][i].shape == (len(positions[i]), 32)
         for site, expected in ((0, hidden[1][0]), ("final", hidden[-1][0])):
             torch.testing.assert_close(got[site][i], expected[positions[i]], atol=1e-5, rtol=1e-5)
+    for end in sites:  # a block that a pass ends in spares its MLP the tokens that are not read; others do not
+        ended = states_at(model, rows, positions, [end], batch_tokens=40)[end]
+        for states, own in zip(ended, got[end], strict=True):
+            torch.testing.assert_close(states, own, atol=1e-5, rtol=1e-5)
 
 
 def test_last_states(tiny: Tiny, sentencepiece: Tokenizer) -> None:
@@ -110,6 +115,32 @@ def test_states_see_interventions(tiny: Tiny, tokenizer: Tokenizer) -> None:
     before = last_states(model, tokenizer, TEXTS, site=1)
     with intervene(model, {anatomy(model).site(1): lambda h: h + 1}):
         torch.testing.assert_close(last_states(model, tokenizer, TEXTS, site=1), before + 1)
+    seen: list[int] = []  # by a hook in the MLP, which is to see every token
+
+    def watch(h: torch.Tensor) -> torch.Tensor:
+        seen.append(h[..., 0].numel())
+        return h
+
+    with intervene(model, {anatomy(model).mlp_in[1]: watch}):
+        torch.testing.assert_close(last_states(model, tokenizer, TEXTS, site=1), before)
+    assert sum(seen) > len(TEXTS)
+
+
+def test_the_last_mlp_runs_where_states_are_read(
+    tiny: Tiny, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("gpt2")
+    for layer, site in enumerate((0, "final")):
+        module, seen = anatomy(model).module(model, anatomy(model).mlp_in[layer]), list[int]()
+
+        def forward(x: torch.Tensor, run: Any = module.forward, seen: list[int] = seen) -> Any:
+            seen.append(x[..., 0].numel())
+            return run(x)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "forward", forward)
+            last_states(model, tokenizer, TEXTS, site=site)
+        assert sum(seen) == len(TEXTS)
 
 
 def test_states_at_impossible_places(tiny: Tiny) -> None:

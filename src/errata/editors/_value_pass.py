@@ -25,7 +25,8 @@ from errata.editors._value_rows import Layout
 from errata.errors import AnatomyError
 from errata.model.anatomy import Anatomy, Site, submodule
 from errata.model.cache import with_cache
-from errata.model.hooks import Capture, ForwardHook, Hooks, PreHook, first_tensor, intervene, with_first_tensor
+from errata.model.hooks import Capture, Hooks, first_tensor, intervene, with_first_tensor
+from errata.model.sparing import sparing
 from errata.model.tokens import Batch, pad
 
 States = Mapping[Site, Tensor]
@@ -146,7 +147,8 @@ class ReusedPass:
                 output = with_first_tensor(prefix.shape, start)
                 stack.enter_context(_bypassed(self._model, self._parts.blocks[: place.first], output))
             if place.sparing:
-                stack.enter_context(_sparing(self._model, self._parts, layout))
+                flat = layout.read_row * layout.span + layout.read_col
+                stack.enter_context(sparing(self._model, self._parts, -1, flat))
             stack.enter_context(_reading(self._model, self._parts, layout.read_row, layout.read_col))
             seen = stack.enter_context(Capture(self._model, paths.values(), detach=False))
             cache = _cache(layout.lead, layout.device, place.first, prefix.cached)
@@ -328,29 +330,6 @@ def _bypassed(model: nn.Module, paths: Sequence[str], output: Any) -> Iterator[N
             block.__dict__.pop("forward", None)
             if forward is not None:
                 block.forward = forward
-
-
-def _sparing(model: nn.Module, parts: Anatomy, layout: Layout) -> Hooks:
-    """Inside, the last layer's MLP sees the suffix tokens that are read, (1, R, d), and puts out zero for the others."""
-    flat = layout.read_row * layout.span + layout.read_col
-    shapes: list[torch.Size] = []
-
-    def gather(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        states = args[0]
-        shapes.append(states.shape)
-        picked = states.reshape(-1, states.shape[-1]).index_select(0, flat.to(states.device))
-        return (picked.reshape(*(1,) * (states.ndim - 2), *picked.shape), *args[1:]), kwargs
-
-    def scatter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
-        shape = shapes[-1]
-        rows = output.new_zeros(shape[:-1].numel(), output.shape[-1])
-        return rows.index_copy(0, flat.to(output.device), output.reshape(-1, output.shape[-1])).reshape(*shape[:-1], -1)
-
-    before: list[tuple[str, PreHook]] = [(paths[-1], gather) for paths in (parts.mlp_in, parts.mlp_gate) if paths]
-    after: list[tuple[str, ForwardHook]] = [(parts.mlp_out[-1], scatter)]
-    return Hooks(model, forward=after, pre=before)
 
 
 def _adding(vectors: Tensor, at: Tensor) -> Callable[[Tensor], Tensor]:

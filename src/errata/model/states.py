@@ -1,7 +1,7 @@
 """Hidden states of many texts at chosen layers and positions, at the price of the layers below only."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from errata.errors import AnatomyError, ShapeError
-from errata.model.anatomy import Site, anatomy
+from errata.model.anatomy import Anatomy, Site, anatomy
 from errata.model.hooks import ForwardHook, Hooks, first_tensor
 from errata.model.room import check_room
+from errata.model.sparing import can_spare, sparing
 from errata.model.tokens import pad, start_id, token_ids
 
 CPU_TOKENS = 1024  # padded tokens a pass runs: activations that stay in a core's cache
@@ -86,12 +87,14 @@ def states_at(
     paths = {site: parts.site(site) for site in sites}
     fed = _decoder_rows(model, rows, decoder_rows) if parts.encoder else None
     options = {} if parts.role in ("encoder", "classifier") else {"use_cache": False}
-    stacks = {parts.stack_of(site)[0].role for site in sites}
+    stacks = {parts.stack_of(site)[0].role: parts.stack_of(site)[0] for site in sites}
     if len(stacks) > 1:
         raise AnatomyError(
             f"expected sites of one stack, found {', '.join(map(str, sites))}; read each in a call of its own."
         )
-    where = _absolute(rows if fed is None or stacks == {"encoder"} else fed, positions)
+    stack = next(iter(stacks.values()), parts)
+    read = rows if fed is None or stack is parts.encoder else fed  # the rows that positions are in
+    where = _absolute(read, positions)
     found: dict[Site, list[Tensor]] = {site: [torch.empty(0, parts.d_model)] * len(rows) for site in paths}
     order = [i for i in sorted(range(len(rows)), key=lambda i: len(rows[i])) if where[i]]
     with torch.no_grad(), evaluating(model):
@@ -101,7 +104,9 @@ def states_at(
                 answers = pad([fed[i] for i in chunk], 0, input_device(model))
                 inputs |= {"decoder_input_ids": answers.ids, "decoder_attention_mask": answers.mask}
             index = torch.tensor([(r, t) for r, i in enumerate(chunk) for t in where[i]])
-            picked = _forward(model, inputs | options, list(paths.values()), index)
+            width = max(len(read[i]) for i in chunk)
+            with _sparing(model, stack, list(paths.values()), index[:, 0] * width + index[:, 1]):
+                picked = _forward(model, inputs | options, list(paths.values()), index)
             for site, path in paths.items():
                 for i, states in zip(chunk, torch.split(picked[path], [len(where[i]) for i in chunk]), strict=True):
                     found[site][i] = states.clone()
@@ -147,6 +152,14 @@ def _decoder_rows(
     if len(decoder_rows) != len(rows):
         raise ShapeError(f"expected one decoder row per row, found {len(decoder_rows)} for {len(rows)} rows.")
     return decoder_rows
+
+
+def _sparing(model: PreTrainedModel, stack: Anatomy, paths: Sequence[str], flat: Tensor) -> AbstractContextManager[Any]:
+    """Inside, the last block that a pass needs spares its MLP the tokens that are not read, if it can."""
+    layers = [stack.blocks.index(path) if path in stack.blocks else stack.n_layers - 1 for path in paths]
+    return (
+        sparing(model, stack, max(layers), flat) if layers and can_spare(model, stack, max(layers)) else nullcontext()
+    )
 
 
 def _forward(model: PreTrainedModel, inputs: dict[str, Any], paths: Sequence[str], index: Tensor) -> dict[str, Tensor]:
