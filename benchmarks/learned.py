@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import errata
-from errata.atlas.kilt import fact_id, fever_records
+from errata.atlas.kilt import fact_id, fever_records, zsre_records
 from errata.atlas.probes import with_probes
 from errata.atlas.requests import counterfactual, request_for
 from errata.atlas.training import judging_facts
@@ -33,14 +33,16 @@ Case = tuple[EditRequest, list[str], list[str]]
 
 
 def cases(world: World, model: Any, n: int, seed: int) -> list[Case]:
-    """Counterfactual rewrites, or claims whose label is turned, over the judging facts."""
+    """Counterfactual rewrites, claims whose label is turned, or an encoder-decoder's questions, over the judging facts."""
     facts = judging_facts(world)
     rng = random.Random(seed)
     rng.shuffle(facts)
-    if anatomy(model).role == "classifier":
+    role = anatomy(model).role
+    if role != "decoder":
         half = sum(f.split == "dev" for f in world.facts) // 2  # the other half is what must stay
-        records = {r.id: r for r in fever_records(world, half, split="dev", seed=seed)}
-        named = [records[fact_id(f)] for f in facts if fact_id(f) in records][:n]
+        made = (fever_records if role == "classifier" else zsre_records)(world, half, split="dev", seed=seed)
+        records = {r.id: r for r in made}
+        named = [records[fact_id(f)] for f in facts if fact_id(f) in records and records[fact_id(f)].alternatives][:n]
         return [
             (
                 EditRequest(prompt=r.input, target_new=r.alternatives[0], target_true=r.prediction),

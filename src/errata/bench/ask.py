@@ -100,8 +100,12 @@ def ask(
     if answered is _answered and known:
         # Whether an answer stays takes one pass over it, word by word it takes as many as it has; those that change are asked again.
         at = [i for i, q in enumerate(questions) if _stays(q) and (q.case, q.index) in known]
-        rows = run([questions[i] for i in at], partial(_answered, figures=figures, known=known), patches)
-        found = {i: row for i, row in zip(at, rows, strict=True) if row["generated"] is not None}
+        right = {
+            i for i in at if known[questions[i].case, questions[i].index].lstrip().startswith(_expected(questions[i]))
+        }
+        for some in ([i for i in at if i in right], [i for i in at if i not in right]):  # see `_answered`
+            rows = run([questions[i] for i in some], partial(_answered, figures=figures, known=known), patches)
+            found |= {i: row for i, row in zip(some, rows, strict=True) if row["generated"] is not None}
     for kind, task in tasks.items():
         of_kind = (i for i, q in enumerate(questions) if (q.probe.kind if q.probe.kind in tasks else "") == kind)
         at = [i for i in of_kind if i not in found]
@@ -119,6 +123,11 @@ def _stays(question: Question) -> bool:
     """Whether the unedited model's answer is what should be given."""
     probe = question.probe
     return probe.kind in STAY or (not probe.expected and probe.kind not in SILENT)
+
+
+def _expected(question: Question) -> str:
+    """The expected object's first name; empty where there is none."""
+    return next(iter(question.probe.expected), "")
 
 
 def _row(question: Question, unedited: str | None, found: Row) -> Row:
@@ -238,23 +247,26 @@ def _answered(
                 {"first_token": tokenizer.decode([token]), **found}
                 for token, found in zip(first.argmax(-1).tolist(), _decided(model, questions, prompts), strict=True)
             ]
+        wanted = [] if known is None else [known[q.case, q.index] for q in questions]
+        kept = [_tail(model, tokenizer, *each) for each in zip(said, wanted, names, least, strict=False)]
+        forced = _forced(model, batch, cache, first, kept) if kept else []
+        if figures:
             for which in ("expected", "alternative"):
                 answers = [q.probe.expected if which == "expected" else q.probe.alternatives for q in questions]
                 tails = [
                     continuation_ids(tokenizer, text, a[0]) if a else [] for text, a in zip(said, answers, strict=True)
                 ]
-                each = _forced(model, batch, cache, first, tails)
+                # Of known answers that begin with these objects, as most do, the figures are there already.
+                begun = bool(kept) and all(own[: len(tail)] == tail for own, tail in zip(kept, tails, strict=True))
+                each = forced if begun else _forced(model, batch, cache, first, tails)
                 for row, tail, (logp, hits) in zip(rows, tails, each, strict=True):
-                    if tail:
-                        row |= {f"p_{which}": exp(sum(logp) / len(logp)), f"p_{which}_first": exp(logp[0])}
-                        row |= {"token_accuracy": sum(hits) / len(hits)} if which == "expected" else {}
+                    if n := len(tail):
+                        row |= {f"p_{which}": exp(sum(logp[:n]) / n), f"p_{which}_first": exp(logp[0])}
+                        row |= {"token_accuracy": sum(hits[:n]) / n} if which == "expected" else {}
         if known is None:
             texts: Sequence[str | None] = _greedy(model, tokenizer, batch, cache, first, names, least, windows)
         else:
-            wanted = [known[q.case, q.index] for q in questions]
-            tails = [_tail(model, tokenizer, *each) for each in zip(said, wanted, names, least, strict=True)]
-            each = _forced(model, batch, cache, first, tails)
-            texts = [text if hits and all(hits) else None for text, (_, hits) in zip(wanted, each, strict=True)]
+            texts = [text if hits and all(hits) else None for text, (_, hits) in zip(wanted, forced, strict=True)]
     return [row | {"generated": text} for row, text in zip(rows, texts, strict=True)]
 
 

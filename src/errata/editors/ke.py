@@ -169,6 +169,7 @@ class KnowledgeEditor(HyperEditor[KEConfig]):
         "atlas-cf": {**_ATLAS, "name": "ke-cf"},
         "atlas-mend-code": _ATLAS_MEND_CODE,
         "atlas-mend-code-cf": {**_ATLAS_MEND_CODE, "name": "ke-mend-code-cf"},
+        "atlas-t5": {**_ATLAS, "ending": ""},  # an answer is closed by its end token
         "atlas-bert": _ATLAS_BERT,
         "atlas-bert-plain": {**_ATLAS_BERT, **_PLAIN},
         "atlas-bert-l2": {**_ATLAS_BERT, **_L2},

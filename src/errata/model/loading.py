@@ -105,12 +105,12 @@ def _source(name: str) -> tuple[str, str, dict[str, Any]]:
         return str(models[name]), "the bundled model", {"local_files_only": True}
     if name and Path(name).expanduser().is_dir():
         return str(Path(name).expanduser()), "the local directory", {"local_files_only": True}
-    if _hub_reachable():
+    if hub_reachable():
         return name, "the hub", {}
     return name, "the hub's local cache (the hub itself is not reachable)", {"local_files_only": True}
 
 
-def _hub_reachable() -> bool:
+def hub_reachable() -> bool:
     """Whether it is worth asking the hub: its client retries for most of a minute before it gives up."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from errata.errors import ConfigError
+from errata.model.loading import hub_reachable
 
 
 class Encoder:
@@ -36,8 +37,12 @@ def load_encoder(name: str) -> Encoder:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise ConfigError(f"the gate 'encoder:{name}' needs sentence-transformers; install errata[encoder]") from None
+    local = _packaged(name) or name
+    here = (
+        Path(local).expanduser().is_dir() or not hub_reachable()
+    )  # if not asked, the hub's client need not give up first
     try:
-        return Encoder(SentenceTransformer(_packaged(name) or name))
+        return Encoder(SentenceTransformer(local, local_files_only=here))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
