@@ -186,6 +186,37 @@ def test_an_answer_that_stays_takes_no_step_for_each_of_its_words() -> None:
     assert widths[len(kept) :].count(1) >= 1  # an answer that changes is generated word by word
 
 
+def test_an_answer_that_stays_gives_its_objects_probability_as_well() -> None:
+    model, tokenizer = errata.load("atlas")
+    facts = [
+        ("The currency of Japan is the", "Japanese yen"),
+        ("The capital of Spain is", "Madrid"),
+        ("The capital of Spain is", "Rome"),
+    ]
+    questions = [Question("", "", i, Probe("fact", prompt, (object_,))) for i, (prompt, object_) in enumerate(facts)]
+    expected = ask(model, tokenizer, questions)
+    unedited = {("", i): row["generated"] for i, row in enumerate(expected)}
+    widths = list[int]()
+    count = model.base_model.register_forward_pre_hook(
+        lambda _, ids, inputs: widths.append((ids[0] if ids else inputs["input_ids"]).shape[1]), with_kwargs=True
+    )
+    with count:
+        rows = ask(model, tokenizer, questions, unedited=unedited)
+    for row, other in zip(rows, expected, strict=True):
+        assert (
+            row["passed"]
+            and row["generated"] == other["generated"]
+            and row["token_accuracy"] == other["token_accuracy"]
+        )
+        assert [row[p] for p in ("p_expected", "p_expected_first")] == pytest.approx(
+            [other[p] for p in ("p_expected", "p_expected_first")], rel=1e-4
+        )
+    assert rows[0]["p_expected"] > 0.9 and rows[2]["p_expected"] < 0.1
+    assert (
+        len(widths) <= 5
+    )  # two passes for the right ones, and one more, if it has words, for the object beside an answer
+
+
 def test_what_is_attached_is_asked_as_it_stands(model: Any, tokenizer: Any) -> None:
     patches = patches_of(model, tokenizer)
     questions = questions_of(patches)

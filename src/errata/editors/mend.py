@@ -99,7 +99,7 @@ class MEND(HyperEditor[MENDConfig]):
         "mend-cf": {"name": "mend-cf"},
         "atlas": _ATLAS,
         "atlas-cf": {**_ATLAS, "name": "mend-cf"},
-        "atlas-t5": {**_ATLAS, "ending": ""},  # an answer is closed by its end token
+        "atlas-t5": {**_ATLAS, "ending": "", "steps": 3000},  # an answer is closed by its end token
         "atlas-docket": {**_ATLAS, "ending": "", "edit": 1.0, "lr": 1e-3, "steps": 2000},
     }
 
