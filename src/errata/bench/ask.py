@@ -99,13 +99,14 @@ def ask(
     known, found = dict(unedited or {}), dict[int, Row]()
     if answered is _answered and known:
         # Whether an answer stays takes one pass over it, word by word it takes as many as it has; those that change are asked again.
-        at = [i for i, q in enumerate(questions) if _stays(q) and (q.case, q.index) in known]
-        right = {
-            i for i in at if known[questions[i].case, questions[i].index].lstrip().startswith(_expected(questions[i]))
-        }
-        for some in ([i for i in at if i in right], [i for i in at if i not in right]):  # see `_answered`
-            rows = run([questions[i] for i in some], partial(_answered, figures=figures, known=known), patches)
-            found |= {i: row for i, row in zip(some, rows, strict=True) if row["generated"] is not None}
+        # Those that begin with the expected object are asked together: one pass tells both (`_answered`).
+        parts: dict[bool, list[int]] = {True: [], False: []}
+        for i, q in enumerate(questions):
+            if _stays(q) and (text := known.get((q.case, q.index))) is not None:
+                parts[text.lstrip().startswith(_expected(q))].append(i)
+        for at in parts.values():
+            rows = run([questions[i] for i in at], partial(_answered, figures=figures, known=known), patches)
+            found |= {i: row for i, row in zip(at, rows, strict=True) if row["generated"] is not None}
     for kind, task in tasks.items():
         of_kind = (i for i, q in enumerate(questions) if (q.probe.kind if q.probe.kind in tasks else "") == kind)
         at = [i for i in of_kind if i not in found]

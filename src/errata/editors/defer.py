@@ -45,6 +45,7 @@ class Defer(AdapterEditor[DeferConfig]):
         "llama-2-7b": {"replace": "all", "stop": 0.0, "skip": False, "layer": 27, "lr": 7e-5},
         "atlas": {"lr": 1e-4},
         "atlas-llama": {"lr": 1e-3},
+        "atlas-t5": {"lr": 1e-4},
         "atlas-docket": {"layer": 1, "lr": 1e-2},
     }
 

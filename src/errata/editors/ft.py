@@ -161,6 +161,7 @@ class FT(FineTuner[FTConfig]):
         "grace": _GRACE,
         "atlas-grace": {**_GRACE, "lr": 3e-4},
         "atlas-llama-grace": {**_GRACE, "lr": 1e-3},
+        "atlas-t5-grace": {**_GRACE, "lr": 1e-4},
         "atlas-docket-grace": {**_GRACE, "lr": 1e-3},
     }
 

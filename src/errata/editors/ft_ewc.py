@@ -47,6 +47,7 @@ class FTEWC(FineTuner[FTEWCConfig]):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "atlas": {"lr": 3e-4},
         "atlas-llama": {"lr": 1e-3},
+        "atlas-t5": {"lr": 1e-4},
         "atlas-docket": {"lr": 1e-3},
     }
 

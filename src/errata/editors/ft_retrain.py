@@ -44,7 +44,8 @@ class FTRetrain(FineTuner[FTRetrainConfig]):
     summary = "streaming fine-tuning with periodic retraining on all edits so far (Hartvigsen et al. 2023)"
     Config = FTRetrainConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        name: {"lr": 1e-3} for name in ("atlas", "atlas-llama", "atlas-docket")
+        **{name: {"lr": 1e-3} for name in ("atlas", "atlas-llama", "atlas-docket")},
+        "atlas-t5": {"lr": 3e-4},
     }
 
     def edit(self, tuner: Tuner, item: Item, past: Sequence[Item], number: int) -> dict[str, Any]:

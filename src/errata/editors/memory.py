@@ -41,6 +41,7 @@ class Memory(AdapterEditor[MemoryConfig]):
         "published": {"replace": "all", "stop": 0.0, "skip": False},
         "atlas": {"lr": 1e-2},
         "atlas-llama": {"lr": 1e-2},
+        "atlas-t5": {"lr": 1e-3},
         "atlas-docket": {"layer": 1, "lr": 1e-2},
     }
 
