@@ -222,7 +222,10 @@ def test_parts_made_one_by_one_are_the_whole(atlas: Any, tmp_path: Path, monkeyp
 def test_methods_take_what_was_chosen_for_the_model(atlas: Any) -> None:
     model, _ = atlas
     assert resolved(common.ROME, model, "atlas").preset == "atlas"
-    assert resolved(common.SAKE, model, "atlas") == common.SAKE
+    assert resolved(common.SAKE, model, "atlas").preset is None
+    llama = tiny_model("llama", 2)
+    for method in (common.SAKE, common.SAKE_ALONE, common.UNIFORM):
+        assert resolved(method, llama, "atlas-llama").preset == "atlas-llama"
     assert resolved(Method("ft-l", "ft", "single", LIMITED), model, "atlas").preset == "atlas-l"
     steam = resolved(Method("s", "steam", preset=MODEL, changes={"depth": (0.5, 0.75), "lr": 9.0}), model, "atlas")
     assert steam.preset is None

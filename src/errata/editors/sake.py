@@ -149,6 +149,7 @@ class SAKE(Editor[SAKEConfig]):
         "code-counterfact": CODE | {"radius": 6.5},
         "code-popular": CODE | POOLED | {"pooled_implications": 10, "noise": 0.1, "noise_copies": 4, "radius": 5.0},
         "code-doubt": CODE | {"gate": "final", "radius": 1000.0},
+        "atlas-llama": {"reach": 2.0},  # on its dev edits, wordings of consequences lie farther apart than Atlas's
     }
 
     def __init__(

@@ -29,8 +29,8 @@ UNEDITED = "unedited"
 FEW = 30  # of Atlas's cases, for methods that stand beside ours for comparison and cost several times as much
 MORE = 50
 # SAKE with all edits loaded and the gate deciding among them; `alone`: the papers' protocol, each edit by itself.
-SAKE = Method("sake", "sake", "all")
-SAKE_ALONE = Method("sake-alone", "sake", "single")
+SAKE = Method("sake", "sake", "all", MODEL)
+SAKE_ALONE = Method("sake-alone", "sake", "single", MODEL)
 SAKE_OPEN = Method(
     "sake-open", "sake", "single", changes={"radius": 1e6, "reach": None}, most=MORE
 )  # for protocols that look through it
@@ -41,10 +41,10 @@ OWN_GATE: Mapping[str, Any] = {"gate": "auto", "radius": None}
 SAKE_PUBLISHED = Method("sake-published", "sake", "single", "paper-gpt2-xl-counterfact", OWN_GATE, most=FEW)
 SAKE_PAPER_POPULAR = Method("sake-paper", "sake", "single", "paper-gpt2-xl-popular", OWN_GATE, most=FEW)
 SAKE_CODE_POPULAR = Method("sake-code", "sake", "single", "code-popular", OWN_GATE, most=FEW)
-UNIFORM = Method("uniform", "uniform", "single")
+UNIFORM = Method("uniform", "uniform", "single", MODEL)
 ACTADD = Method("actadd", "actadd", "single")
 ICL = Method("icl", "icl", "single")
-# Weight editors take the strengths that were chosen for the model, where there are any ("model"); published ones beside them.
+# "model": as it was chosen for the model, where it was. Published settings of weight editors stand beside them.
 ROME = Method("rome", "rome", "single", MODEL)
 ROME_PUBLISHED = Method("rome-published", "rome", "single", "published", most=FEW)
 MEMIT = Method("memit", "memit", "all", MODEL)

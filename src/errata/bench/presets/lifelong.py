@@ -169,7 +169,7 @@ PRESET = Preset(
     "ours",
     cases,
     (
-        Method("sake", "sake", "sequential", apart=True),
+        Method("sake", "sake", "sequential", common.MODEL, apart=True),
         Method("rome", "rome", "sequential", common.MODEL, FEW_CONTEXTS, most=300),
     ),
     tables,

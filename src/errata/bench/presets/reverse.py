@@ -65,7 +65,7 @@ PRESET = Preset(
     "ours",
     cases,
     (
-        Method("sake", "sake", "single"),
+        Method("sake", "sake", "single", common.MODEL),
         replace(common.ROME, most=N),
         replace(common.ICL, most=N),
     ),

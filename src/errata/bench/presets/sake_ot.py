@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 N, PUBLISHED_N = 40, 2000
 METHODS = (
-    Method("transport", "sake", "single"),
-    Method("shift", "uniform", "single"),
+    Method("transport", "sake", "single", common.MODEL),
+    Method("shift", "uniform", "single", common.MODEL),
 )
 PROBED = {"unmapped": "the source's states", "shift": "shifted by the means' difference", "transport": "transported"}
 PROMPTS, FOLDS = 60, 5

@@ -87,7 +87,7 @@ PRESET = Preset(
     "Cloze, question and claim",
     "ours",
     cases,
-    (Method("sake", "sake", "single"), common.ROME),
+    (Method("sake", "sake", "single", common.MODEL), common.ROME),
     tables,
     n=N,
     published_n=PUBLISHED_N,
