@@ -263,7 +263,7 @@ def test_settings_that_cannot_be_meant() -> None:
         SAKE(xyzzy=3)
     with pytest.raises(ConfigError, match="'errata', 'paper' or 'code', found 'papers'"):
         SAKE(variant="papers")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="no preset 'paper-gpt3'; there are code-counterfact, "):
+    with pytest.raises(ConfigError, match="no preset 'paper-gpt3'; there are atlas-llama, code-counterfact, "):
         SAKE.preset("paper-gpt3")
     wrong: list[dict[str, Any]] = [
         {"prompts": 0}, {"reg": 0.0}, {"tolerance": 1.0}, {"token": 0}, {"token": -2},

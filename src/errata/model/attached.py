@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+from torch import nn
+
 ATTACHED, MERGED = "_errata_low_rank", "_errata_merged"
 STEERED, CONTEXT = "_errata_steering", "_errata_context"
 OUTPUTS, DENSE = "_errata_outputs", "_errata_dense"
@@ -16,6 +18,12 @@ class Suspendable:
     """A table that can be made to do nothing for a while."""
 
     _off = False
+    _hooks: Any = ()  # handles on the model's parts, as they are or by path
+
+    def idle(self) -> set[int]:
+        """Ids of its hooks, while they do nothing."""
+        hooks = self._hooks.values() if isinstance(self._hooks, dict) else self._hooks
+        return {hook.id for hook in hooks} if self._off else set()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -39,6 +47,13 @@ def asked(model: Any, prompts: Sequence[str]) -> list[str]:
 def bare(model: Any) -> bool:
     """Whether nothing is attached; what is merged into weights does not count."""
     return not any(name in vars(model) for name in (STEERED, ATTACHED, CONTEXT, OUTPUTS, DENSE))
+
+
+def acts_in(model: Any, module: nn.Module) -> bool:
+    """Whether the module or a part of it has hooks that do something: anybody's, but for those of suspended tables."""
+    tables = [vars(model)[name] for name in (STEERED, ATTACHED, CONTEXT, OUTPUTS, DENSE) if name in vars(model)]
+    idle = {hook for table in tables for hook in table.idle()}
+    return any({*part._forward_hooks, *part._forward_pre_hooks} - idle for part in module.modules())
 
 
 def by_row(model: Any) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.model.anatomy import TABLE, Anatomy, submodule
+from errata.model.attached import acts_in
 from errata.model.hooks import ForwardHook, Hooks, PreHook
 
 
@@ -36,7 +37,5 @@ def sparing(model: nn.Module, parts: Anatomy, layer: int, flat: Tensor) -> Hooks
 
 def can_spare(model: nn.Module, parts: Anatomy, layer: int) -> bool:
     """Whether the block's MLP is two maps, or three, of a known family, and nobody else's hook would see its tokens apart."""
-    if not (parts.family in TABLE and parts.mlp_in and parts.mlp_out):
-        return False
-    block = submodule(model, parts.blocks[layer])
-    return not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
+    known = parts.family in TABLE and bool(parts.mlp_in and parts.mlp_out)
+    return known and not acts_in(model, submodule(model, parts.blocks[layer]))
