@@ -249,8 +249,10 @@ def _answered(
                 for token, found in zip(first.argmax(-1).tolist(), _decided(model, questions, prompts), strict=True)
             ]
         wanted = [] if known is None else [known[q.case, q.index] for q in questions]
-        kept = [_tail(model, tokenizer, *each) for each in zip(said, wanted, names, least, strict=False)]
-        forced = _forced(model, batch, cache, first, kept) if kept else []
+        kept, forced = list[list[int]](), list[tuple[list[float], list[bool]]]()
+        if known is not None:
+            kept = [_tail(model, tokenizer, *each) for each in zip(said, wanted, names, least, strict=True)]
+            forced = _forced(model, batch, cache, first, kept)
         if figures:
             for which in ("expected", "alternative"):
                 answers = [q.probe.expected if which == "expected" else q.probe.alternatives for q in questions]

@@ -105,7 +105,7 @@ def states_at(
                 inputs |= {"decoder_input_ids": answers.ids, "decoder_attention_mask": answers.mask}
             index = torch.tensor([(r, t) for r, i in enumerate(chunk) for t in where[i]])
             width = max(len(read[i]) for i in chunk)
-            with _sparing(model, stack, list(paths.values()), index[:, 0] * width + index[:, 1]):
+            with _sparing(model, stack, list(paths.values()), (index[:, 0] * width + index[:, 1]).unique()):
                 picked = _forward(model, inputs | options, list(paths.values()), index)
             for site, path in paths.items():
                 for i, states in zip(chunk, torch.split(picked[path], [len(where[i]) for i in chunk]), strict=True):

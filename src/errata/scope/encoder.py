@@ -38,9 +38,8 @@ def load_encoder(name: str) -> Encoder:
     except ImportError:
         raise ConfigError(f"the gate 'encoder:{name}' needs sentence-transformers; install errata[encoder]") from None
     local = _packaged(name) or name
-    here = (
-        Path(local).expanduser().is_dir() or not hub_reachable()
-    )  # if not asked, the hub's client need not give up first
+    # A client that is told so does not wait for most of a minute until it gives a hub up.
+    here = Path(local).expanduser().is_dir() or not hub_reachable()
     try:
         return Encoder(SentenceTransformer(local, local_files_only=here))
     except (OSError, ValueError) as error:
