@@ -248,9 +248,9 @@ def _answered(
                 {"first_token": tokenizer.decode([token]), **found}
                 for token, found in zip(first.argmax(-1).tolist(), _decided(model, questions, prompts), strict=True)
             ]
-        wanted = [] if known is None else [known[q.case, q.index] for q in questions]
-        kept, forced = list[list[int]](), list[tuple[list[float], list[bool]]]()
+        wanted, kept, forced = list[str](), list[list[int]](), list[tuple[list[float], list[bool]]]()
         if known is not None:
+            wanted = [known[q.case, q.index] for q in questions]
             kept = [_tail(model, tokenizer, *each) for each in zip(said, wanted, names, least, strict=True)]
             forced = _forced(model, batch, cache, first, kept)
         if figures:

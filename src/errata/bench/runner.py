@@ -250,9 +250,8 @@ def plan_jobs(
                 job = Job(f"{name}-stream-{stop:05}", "stream", label, (0, count), stop, tuple(fits), after)
                 fits, look_at = [job.name], f"{name}-{stop:05}"
                 jobs.append(job)
-                for k, start in enumerate(
-                    range(0, count, LOOKED_AT)
-                ):  # not in one piece, so that no worker waits long for another
+                # Not in one piece, so that no worker waits long for another.
+                for k, start in enumerate(range(0, count, LOOKED_AT)):
                     span = (start, min(count, start + LOOKED_AT))
                     jobs.append(Job(f"{look_at}-{k:04}", "ask", label, span, stop, (job.name,), after))
                 if world:
